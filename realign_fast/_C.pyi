@@ -1,0 +1,92 @@
+"""The C++ extension: kernels over rows of embeddings, and the hashes of the file layer.
+
+Every `rows` is `(n, dim)` with a contiguous last axis, any row stride (also 0 or negative) and any alignment;
+its dtype is float16, float32, float64, or uint16 holding bfloat16 bits where `bfloat16` is true. A dtype or layout
+that does not fit raises instead of copying. `num_threads` counts the calling thread. The GIL is released.
+
+A *bad* row holds a NaN or an infinity, or has norm zero. Functions return what they met as
+`(num_zero, num_nonfinite, first_bad)`, `first_bad` being the least index of a bad row or -1.
+"""
+
+from collections.abc import Buffer
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows = NDArray[Any]
+BadRows = tuple[int, int, int]
+
+FIXED_POINT_BITS: int
+"""Moments count in units of 2**-FIXED_POINT_BITS (27)."""
+
+def instruction_sets() -> list[str]:
+    """Names that this build has and this processor runs, slowest first: baseline, avx2, avx512, neon."""
+
+def instruction_set() -> str:
+    """The one in use."""
+
+def use_instruction_set(name: str) -> None:
+    """Use `name` from now on in this process ("auto": the fastest). ValueError if it cannot run here."""
+
+def moments(
+    rows: Rows,
+    bfloat16: bool,
+    sums: NDArray[np.int64],
+    keys: NDArray[np.uint64] | None,
+    num_threads: int,
+) -> BadRows:
+    """Add each good row, normalised and rounded to fixed point, to `sums` (dim,).
+
+    `keys` (n,), where given, receives a hash of each row's content (0 for a bad row), by which samples are chosen.
+    """
+
+def transformed_moments(
+    rows: Rows,
+    bfloat16: bool,
+    scale: float,
+    shift: NDArray[np.float64],
+    correction: NDArray[np.float64],
+    sums: NDArray[np.int64],
+    num_threads: int,
+) -> BadRows:
+    """As `moments`, of the rows that `row_transform` would write; nothing is written."""
+
+def row_transform(
+    rows: Rows,
+    bfloat16: bool,
+    out: Rows,
+    out_bfloat16: bool,
+    scale: float,
+    shift: NDArray[np.float64],
+    correction: NDArray[np.float64],
+    num_threads: int,
+) -> BadRows:
+    """`out = pi(pi(scale * u + shift) + correction)` with `u = pi(row)`; a bad row becomes zeros.
+
+    `out` may be `rows` itself; it must not overlap it otherwise.
+    """
+
+def find_bad_rows(rows: Rows, bfloat16: bool, num_threads: int) -> BadRows:
+    """Read the rows and say which are bad."""
+
+def stream_read(buffer: Buffer, num_threads: int) -> int:
+    """Sum the 64-bit words of `buffer`: the least that a kernel which reads can take."""
+
+def stream_copy(source: Buffer, target: Buffer, nontemporal: bool, num_threads: int) -> None:
+    """Copy with ordinary or non-temporal stores: the least that a kernel which reads and writes can take."""
+
+class XXH64:
+    """The 64-bit xxHash, streaming."""
+
+    def __init__(self, seed: int = 0) -> None: ...
+    def update(self, data: Buffer) -> None: ...
+    def intdigest(self) -> int: ...
+    def hexdigest(self) -> str: ...
+
+def scan_pickle(data: Buffer) -> None:
+    """Walk the opcodes of a pickle without running it.
+
+    ValueError where it is truncated, uses an opcode that plain data and NumPy arrays do not need, names a length or a
+    memo index larger than the data could need, or nests deeper than plain rows do.
+    """

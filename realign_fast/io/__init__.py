@@ -1,0 +1,1 @@
+"""Rows on disk: readers, plans and atomic writers."""
