@@ -1,0 +1,115 @@
+"""The two small files of the package, alignments and moments: safetensors with one JSON header entry.
+
+Format version 1: the tensors that the kind names, little-endian, and under the metadata key `realign_fast` a JSON
+object with `format` (the version), `kind` ("alignment" or "moments"), `package` (the version that wrote it) and the
+fields of the kind. Equal contents give equal bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._version import __version__
+
+FORMAT_VERSION = 1
+_KEY = "realign_fast"
+# A dimension of a million in float64 is 40 MB; whatever is larger than this was never written by us.
+_MAX_FILE_BYTES = 1 << 30
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` so that `path` holds either what it held before or all of it."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def save(
+    path: str | os.PathLike[str], kind: str, tensors: Mapping[str, NDArray[Any]], fields: Mapping[str, Any]
+) -> None:
+    """Write a file of `kind`, whole or not at all."""
+    from safetensors.numpy import save as to_bytes
+
+    header = {"format": FORMAT_VERSION, "kind": kind, "package": __version__, **fields}
+    data = to_bytes(dict(tensors), metadata={_KEY: json.dumps(header, sort_keys=True, allow_nan=False)})
+    write_atomically(Path(path), data)
+
+
+def load(
+    path: str | os.PathLike[str], kind: str, shapes: Mapping[str, tuple[np.dtype[Any], int]]
+) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """Read a file of `kind`; `shapes` gives dtype and number of axes of each tensor it must hold.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read.
+    ValueError
+        If it is damaged, of another kind, or of a format version newer than this package.
+    """
+    tensors, fields = _read(path)
+    if fields.get("kind") != kind:
+        raise ValueError(f"{path} holds {fields.get('kind')!r}, expected {kind!r}")
+    for name, (dtype, ndim) in shapes.items():
+        found = tensors.get(name)
+        if found is None:
+            raise ValueError(f"{path}: tensor {name!r} is missing")
+        if found.dtype != dtype or found.ndim != ndim:
+            raise ValueError(
+                f"{path}: tensor {name!r} must be {dtype} with {ndim} axes, got {found.dtype} of shape {found.shape}"
+            )
+        if not np.isfinite(found).all():
+            raise ValueError(f"{path}: tensor {name!r} holds values that are not finite")
+    return tensors, fields
+
+
+def kind_of(path: str | os.PathLike[str]) -> str | None:
+    """Return "alignment" or "moments" if `path` is such a file, None for any other file."""
+    try:
+        return str(_read(path)[1]["kind"])
+    except ValueError:
+        return None
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    size = Path(path).stat().st_size
+    if size > _MAX_FILE_BYTES:
+        raise ValueError(f"{path} has {size} bytes, more than an alignment or moments can have")
+    try:
+        with safe_open(os.fspath(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if _KEY not in metadata:
+                raise ValueError(f"{path} was not written by realign-fast: its header has no {_KEY!r}")
+            fields = json.loads(metadata[_KEY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, json.JSONDecodeError, RecursionError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+    if not isinstance(fields, dict) or type(fields.get("format")) is not int:
+        raise ValueError(f"{path}: header entry {_KEY!r} does not state its format")
+    if fields["format"] > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {fields['format']}, this package reads up to {FORMAT_VERSION}: upgrade realign-fast"
+        )
+    return tensors, fields

@@ -1,0 +1,87 @@
+"""What a caller hands in, seen as `(n, dim)` rows: NumPy arrays, torch tensors, nothing copied that need not be."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TypeGuard
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._dtypes import DTYPES, Rows
+
+
+def is_tensor(x: object) -> TypeGuard[Any]:
+    """Return whether `x` is a torch tensor, without importing torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def dtype_name(dtype: object, *, name: str = "dtype") -> str:
+    """Return one of `DTYPES` for a name, a NumPy dtype, an ml_dtypes or a torch dtype.
+
+    Raises
+    ------
+    TypeError
+        If it is none of the four; integers are told how to dequantise.
+    """
+    text = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or str(dtype).removeprefix("torch.")
+    if text in DTYPES:
+        return text
+    if text in ("int8", "uint8"):
+        raise TypeError(
+            f"{name} is {text}: dequantise it first, for instance x.astype(numpy.float32) * scale + offset"
+        )
+    raise TypeError(f"{name} must be one of {', '.join(DTYPES)}, got {text}")
+
+
+def as_rows(x: object, *, name: str = "x", dim: int | None = None) -> Rows:
+    """Return `x` of shape `(..., dim)` as rows in host memory, a view of it wherever its layout allows.
+
+    Parameters
+    ----------
+    x
+        NumPy array or CPU tensor of float16, bfloat16, float32 or float64.
+    name
+        What errors call it.
+    dim
+        The dimension it must have.
+
+    Raises
+    ------
+    TypeError
+        If it is no array or tensor, or of another dtype.
+    ValueError
+        If it has no axis, its dimension is 0 or not `dim`, or it is a tensor that records gradients.
+    """
+    if is_tensor(x):
+        values, dtype = _tensor_values(x, name)
+    elif isinstance(x, np.ndarray):
+        dtype = dtype_name(x.dtype, name=f"{name}.dtype")
+        values = x.view(np.uint16) if dtype == "bfloat16" else x
+    else:
+        raise TypeError(f"{name} must be a NumPy array or a torch tensor, got {type(x).__name__}")
+    if values.ndim == 0 or values.shape[-1] == 0:
+        raise ValueError(f"{name} must have shape (..., dim) with dim of at least 1, got {values.shape}")
+    if dim is not None and values.shape[-1] != dim:
+        raise ValueError(f"{name} must have rows of dimension {dim}, got shape {values.shape}")
+    if values.ndim != 2:
+        values = values.reshape(-1, values.shape[-1])
+    if not values.dtype.isnative:
+        values = values.astype(values.dtype.newbyteorder("="))
+    if values.strides[1] != values.itemsize and values.size:
+        values = np.ascontiguousarray(values)
+    return Rows(values, dtype)
+
+
+def _tensor_values(x: Any, name: str) -> tuple[NDArray[Any], str]:
+    torch = sys.modules["torch"]
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} records gradients, which end here: pass {name}.detach() or use torch.no_grad()")
+    dtype = dtype_name(x.dtype, name=f"{name}.dtype")
+    x = x.detach()
+    if x.device.type != "cpu":
+        x = x.cpu()
+    if dtype == "bfloat16":
+        return x.view(torch.int16).numpy().view(np.uint16), dtype
+    return x.numpy(), dtype
