@@ -29,9 +29,7 @@ def dtype_name(dtype: object, *, name: str = "dtype") -> str:
     if text in DTYPES:
         return text
     if text in ("int8", "uint8"):
-        raise TypeError(
-            f"{name} is {text}: dequantise it first, for instance x.astype(numpy.float32) * scale + offset"
-        )
+        raise TypeError(f"{name} is {text}: dequantise it first, for instance x.astype(numpy.float32) * scale + offset")
     raise TypeError(f"{name} must be one of {', '.join(DTYPES)}, got {text}")
 
 

@@ -62,9 +62,7 @@ class Moments:
         self.num_skipped = 0
         self._sums: NDArray[np.int64] = np.zeros(self.dim, np.int64)
 
-    def update(
-        self, batch: object, *, on_bad_rows: OnBadRows = "raise", num_threads: int | None = None
-    ) -> Moments:
+    def update(self, batch: object, *, on_bad_rows: OnBadRows = "raise", num_threads: int | None = None) -> Moments:
         """Add the rows of `batch`, of shape `(..., dim)`, and return self.
 
         Parameters
@@ -93,14 +91,13 @@ class Moments:
         on_bad_rows: OnBadRows,
         num_threads: int | None = None,
         keys: NDArray[np.uint64] | None = None,
-        origin: str = "batch",
     ) -> None:
         """As `update`, for rows already seen as such; `keys` (n,) receives a hash of each row's content."""
         check_on_bad_rows(on_bad_rows)
         self._check_room(len(rows.values))
         sums = np.zeros_like(self._sums)
         bad = _C.moments(rows.values, rows.bfloat16, sums, keys, count_threads(num_threads))
-        self._add(sums, len(rows.values), bad, on_bad_rows, origin)
+        self._add(sums, len(rows.values), bad, on_bad_rows)
 
     def update_transformed(
         self,
@@ -110,7 +107,6 @@ class Moments:
         correction: NDArray[np.float64],
         on_bad_rows: OnBadRows,
         num_threads: int | None = None,
-        origin: str = "batch",
     ) -> None:
         """Add `pi(pi(scale u + shift) + correction)` of each row, without writing it anywhere."""
         check_on_bad_rows(on_bad_rows)
@@ -119,19 +115,17 @@ class Moments:
         bad = _C.transformed_moments(
             rows.values, rows.bfloat16, scale, shift, correction, sums, count_threads(num_threads)
         )
-        self._add(sums, len(rows.values), bad, on_bad_rows, origin)
+        self._add(sums, len(rows.values), bad, on_bad_rows)
 
     def _check_room(self, num_rows: int) -> None:
         if self.count + num_rows > _MAX_COUNT:
             raise OverflowError(f"Moments hold at most {_MAX_COUNT} rows, got {self.count + num_rows}")
 
-    def _add(
-        self, sums: NDArray[np.int64], num_rows: int, bad: _C.BadRows, on_bad_rows: OnBadRows, origin: str
-    ) -> None:
+    def _add(self, sums: NDArray[np.int64], num_rows: int, bad: tuple[int, int, int], on_bad_rows: OnBadRows) -> None:
         num_zero, num_nonfinite, first = bad
         num_bad = num_zero + num_nonfinite
         if num_bad and on_bad_rows == "raise":
-            raise BadRowsError(origin, first, num_zero, num_nonfinite)
+            raise BadRowsError("batch", first, num_zero, num_nonfinite)
         self._sums += sums
         if on_bad_rows == "skip":
             self.count += num_rows - num_bad
@@ -234,10 +228,14 @@ class Moments:
         if fields.get("fixed_point_bits") != _C.FIXED_POINT_BITS:
             raise ValueError(f"{path}: sums in units this package does not know")
         sums = tensors["sums"]
-        limit = counts["count"] << _C.FIXED_POINT_BITS
+        limit = 1.001 * counts["count"] * 2.0**_C.FIXED_POINT_BITS  # a rounded unit row may pass 1 by a little
         if sums.size == 0 or counts["num_zero"] > counts["count"] or (np.abs(sums.astype(np.float64)) > limit).any():
             raise ValueError(f"{path}: sums and counts do not fit together")
         moments = cls(sums.size)
-        moments.count, moments.num_zero, moments.num_skipped = counts["count"], counts["num_zero"], counts["num_skipped"]
+        moments.count, moments.num_zero, moments.num_skipped = (
+            counts["count"],
+            counts["num_zero"],
+            counts["num_skipped"],
+        )
         moments._sums = np.ascontiguousarray(sums)
         return moments
