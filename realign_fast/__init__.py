@@ -1,0 +1,32 @@
+"""Close the modality gap of contrastive encoders, without training, at the speed of memory.
+
+`fit` reads text and image embeddings and returns an `Alignment`; its `transform` maps text embeddings to where image
+embeddings lie. `Moments` are the statistics, for those who gather them elsewhere.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .alignment import Alignment, fit, fit_from_moments
+    from .moments import Moments
+
+__all__ = ["Alignment", "Moments", "__version__", "fit", "fit_from_moments"]
+
+_HOMES = {"Alignment": "alignment", "Moments": "moments", "fit": "alignment", "fit_from_moments": "alignment"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

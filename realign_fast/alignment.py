@@ -1,0 +1,822 @@
+"""Fit an alignment and apply it: the two things every user does.
+
+Source: ReAlign (arXiv 2602.07026), Anchor, Trace and Centroid alignment; the refined centroid and the fused form of
+the map are ours.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _C, _files
+from ._dtypes import Rows, storage
+from ._errors import BadRowsError
+from ._progress import progress as show_progress
+from ._rows import as_rows, dtype_name, is_tensor
+from ._sample import Sample
+from .backends import choose, count_threads
+from .io.sources import Batch, Source, file_paths, open_source
+from .methods import Method, Parameters, Solution, check_sets, get_method
+from .moments import Moments, OnBadRows, check_on_bad_rows
+
+Side = Literal["source", "target"]
+
+# Newton's matrix is estimated on about so many rows of the sample; an estimate only costs steps, never accuracy.
+_NEWTON_ROWS = 16_384
+_HELD_OUT_EVERY = 10
+
+
+@dataclass(frozen=True)
+class SetStatistics:
+    """What an alignment keeps of one of its two sets.
+
+    Attributes
+    ----------
+    count : int
+        Rows the statistics count.
+    num_zero, num_skipped : int
+        Bad rows counted as zeros, and left out.
+    trace : float
+        Of the covariance of the unit rows.
+    mean : ndarray
+        `(dim,)` float64, of the unit rows.
+    """
+
+    count: int
+    num_zero: int
+    num_skipped: int
+    trace: float
+    mean: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, moments: Moments) -> SetStatistics:
+        """Return those of `moments`."""
+        return cls(moments.count, moments.num_zero, moments.num_skipped, moments.trace, _frozen(moments.mean))
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far a stream lies from the set that an alignment was fitted on.
+
+    Attributes
+    ----------
+    num_rows : int
+        Rows of the stream that were looked at.
+    distance : float
+        Between the mean of the stream's unit rows and the mean of the fit.
+    noise_floor : float
+        Expected distance of two samples of these sizes from one distribution, `sqrt(T / n + T / n_fit)`.
+    """
+
+    num_rows: int
+    distance: float
+    noise_floor: float
+
+    @property
+    def drifted(self) -> bool:
+        """Whether the distance is more than three noise floors."""
+        return self.distance > 3 * self.noise_floor
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """A fitted map `out = pi(pi(scale * u + shift) + correction)` of rows, with `u = pi(row)`, `pi(z) = z / ||z||`.
+
+    Made by `fit`, `fit_from_moments` or `Alignment.load`; nothing in it changes afterwards.
+
+    Attributes
+    ----------
+    method : str
+        Name of the map: "anchor", "anchor_trace" or "realign".
+    parameters : Parameters
+        `scale`, `shift` and `correction`, also at hand under these names.
+    source, target : SetStatistics
+        Of the two sets it was fitted on.
+    report : dict
+        What the fit measured, see `fit`.
+    fingerprints : dict
+        Of the files it was fitted on, under "text" and "image", where they were files.
+    encoder : str or None
+        Which encoder made the embeddings, if that was said.
+    """
+
+    method: str
+    parameters: Parameters
+    source: SetStatistics
+    target: SetStatistics
+    report: dict[str, Any] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    encoder: str | None = None
+
+    @property
+    def dim(self) -> int:
+        """Dimension of the rows."""
+        return self.parameters.shift.size
+
+    @property
+    def scale(self) -> float:
+        """`s`, the ratio of the spreads."""
+        return self.parameters.scale
+
+    @property
+    def shift(self) -> NDArray[np.float64]:
+        """`c`, `(dim,)` float64."""
+        return self.parameters.shift
+
+    @property
+    def correction(self) -> NDArray[np.float64]:
+        """`b`, `(dim,)` float64."""
+        return self.parameters.correction
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what the map computes; equal for alignments that map every row alike."""
+        digest = _C.XXH64()
+        digest.update(f"{self.method} {self.scale.hex()}".encode())
+        digest.update(self.shift.tobytes())
+        digest.update(self.correction.tobytes())
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        return f"Alignment(method={self.method!r}, dim={self.dim}, text={self.source.count}, image={self.target.count})"
+
+    def transform(
+        self,
+        x: Any,
+        out: Any = None,
+        dtype: Any = None,
+        *,
+        backend: str = "auto",
+        num_threads: int | None = None,
+        side: Side = "source",
+        on_bad_rows: Literal["raise", "zero"] = "raise",
+    ) -> Any:
+        """Map rows; an array gives an array, a tensor a tensor, of the same dtype and on the same device.
+
+        Parameters
+        ----------
+        x
+            `(..., dim)` NumPy array or torch tensor of float16, bfloat16, float32 or float64, in any layout.
+        out
+            Where the result goes, of the shape of `x`; `out=x` works in place. Undefined after an error, except in
+            place, where an error leaves `x` as it was.
+        dtype
+            Of the result where `out` is not given: a name, a NumPy or a torch dtype; by default that of `x`.
+        backend
+            "auto"; or "cpu", the C++ kernels; or "torch", plain torch operations, on any device.
+        num_threads
+            Of the C++ kernels; by default the cores this process may use, and one inside a DataLoader worker.
+        side
+            "source" maps text; "target" brings image rows to unit length, as all mapped rows have.
+        on_bad_rows
+            What becomes of rows with NaN, infinity or norm zero: "raise", or "zero", which makes them zeros.
+
+        Raises
+        ------
+        BadRowsError
+            A ValueError: under "raise", naming the first bad row.
+        TypeError, ValueError
+            If an argument has the wrong kind, dtype, shape or layout.
+        """
+        check_on_bad_rows(on_bad_rows, skip=False)
+        parameters = self._parameters_of(side)
+        device = x.device.type if is_tensor(x) else "cpu"
+        if choose(backend, device) == "torch":
+            return _transform_torch(x, out, dtype, parameters, self.dim, on_bad_rows)
+        rows = as_rows(x, name="x", dim=self.dim)
+        if out is None:
+            out = _empty_like(x, rows.dtype if dtype is None else dtype_name(dtype))
+        else:
+            _check_out(x, out, dtype)
+        target = as_rows(out, name="out", dim=self.dim)
+        in_place = np.may_share_memory(rows.values, target.values)
+        if in_place and on_bad_rows == "raise":
+            bad = _C.find_bad_rows(rows.values, rows.bfloat16, count_threads(num_threads))
+            _raise_if_bad(bad, on_bad_rows)
+        _raise_if_bad(_transform_rows(parameters, rows, target, num_threads), on_bad_rows)
+        _copy_back(target, out)
+        return out
+
+    def transform_rows(
+        self, rows: Rows, out: Rows, num_threads: int | None = None, side: Side = "source"
+    ) -> tuple[int, int, int]:
+        """Map rows of host memory into `out`; return `(num_zero, num_nonfinite, first_bad)`, bad rows being zeros."""
+        return _transform_rows(self._parameters_of(side), rows, out, num_threads)
+
+    def _parameters_of(self, side: str) -> Parameters:
+        if side == "source":
+            return self.parameters
+        if side == "target":
+            zeros = np.zeros(self.dim)
+            return Parameters(1.0, zeros, zeros)
+        raise ValueError(f"side must be 'source' or 'target', got {side!r}")
+
+    def check(self, x: Any, *, side: Side = "source", num_threads: int | None = None) -> Drift:
+        """Measure whether rows still come from the distribution that this was fitted on; bad rows are left out.
+
+        Parameters
+        ----------
+        x
+            `(..., dim)` array or tensor, or `Moments` gathered from a stream.
+        side
+            Which of the two sets they are compared with.
+
+        Raises
+        ------
+        ValueError
+            If no usable row is among them, or their dimension is another.
+        """
+        if side not in ("source", "target"):
+            raise ValueError(f"side must be 'source' or 'target', got {side!r}")
+        if isinstance(x, Moments):
+            moments = x
+        else:
+            moments = Moments(self.dim).update(x, on_bad_rows="skip", num_threads=num_threads)
+        if moments.dim != self.dim or moments.count == 0:
+            raise ValueError(f"x must hold usable rows of dimension {self.dim}, got {moments!r}")
+        fitted = self.source if side == "source" else self.target
+        distance = float(np.linalg.norm(moments.mean - fitted.mean))
+        return Drift(moments.count, distance, _noise_floor((fitted.trace, moments.count), (fitted.trace, fitted.count)))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file of float64, whole or not at all; equal alignments give equal bytes."""
+        tensors = {
+            "scale": np.array([self.scale]),
+            "shift": self.shift,
+            "correction": self.correction,
+            "source_mean": self.source.mean,
+            "target_mean": self.target.mean,
+        }
+        fields = {
+            "method": self.method,
+            "source": _statistics_fields(self.source),
+            "target": _statistics_fields(self.target),
+            "report": self.report,
+            "fingerprints": self.fingerprints,
+            "encoder": self.encoder,
+        }
+        _files.save(path, "alignment", tensors, fields)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Alignment:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be read.
+        ValueError
+            If it is damaged, holds something else, or comes from a newer format.
+        """
+        vector = (np.dtype(np.float64), 1)
+        names = ("scale", "shift", "correction", "source_mean", "target_mean")
+        tensors, fields = _files.load(path, "alignment", dict.fromkeys(names, vector))
+        dim = tensors["shift"].size
+        for name in names:
+            expected = 1 if name == "scale" else dim
+            if tensors[name].size != expected or dim == 0:
+                raise ValueError(f"{path}: tensor {name!r} must have {expected} elements, got {tensors[name].size}")
+        try:
+            get_method(fields["method"], {})
+            return cls(
+                fields["method"],
+                Parameters(float(tensors["scale"][0]), _frozen(tensors["shift"]), _frozen(tensors["correction"])),
+                _statistics(fields["source"], tensors["source_mean"]),
+                _statistics(fields["target"], tensors["target_mean"]),
+                dict(fields["report"]),
+                {str(name): str(value) for name, value in fields["fingerprints"].items()},
+                None if fields["encoder"] is None else str(fields["encoder"]),
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path}: its header is damaged: {error!r}") from error
+
+
+def fit(
+    text: Any,
+    image: Any,
+    *,
+    method: str = "realign",
+    on_bad_rows: OnBadRows = "raise",
+    backend: str = "auto",
+    num_threads: int | None = None,
+    key: str | None = None,
+    text_column: str | None = None,
+    image_column: str | None = None,
+    limit: int | None = None,
+    encoder: str | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> Alignment:
+    """Fit an alignment of `text` (the source) to `image` (the target), from unpaired sets.
+
+    Reads the images once and the text once, once more for "realign" and once more for each of its refinements.
+
+    Parameters
+    ----------
+    text, image
+        Each one an array or tensor `(..., dim)`, a path, glob, directory or list of paths, or an object that can be
+        iterated over again and again and gives batches (arrays, tensors, or dicts of which `key` names the rows).
+    method
+        "anchor", "anchor_trace" or "realign".
+    on_bad_rows
+        What becomes of rows with NaN, infinity or norm zero: "raise"; "skip" leaves them out; "zero" counts them as
+        zero vectors.
+    backend
+        "auto" or "cpu".
+    num_threads
+        By default the cores this process may use.
+    text_column, image_column
+        Name of the embeddings in files with several columns; by default "embedding" ("embed" in pickles).
+    limit
+        Read at most so many rows of each side.
+    encoder
+        Which encoder made the embeddings; kept in the file.
+    progress
+        Show progress on stderr.
+    **options
+        Of the method: `refine=k` for "realign", Newton steps on the centroid gap that is left in the sample.
+
+    Returns
+    -------
+    Alignment
+        Its `report` holds, under "text" and "image", `rows`, `bad_rows`, `trace`; under "gap" the distance of the
+        centroids over all rows, "before" and after each step that a read has measured; under "in_sample" and
+        "held_out" the same for every step, measured on a sample chosen by row content, for a map fitted on nine
+        tenths of it, on these and on the last tenth; beside them `noise_floor`, the distance expected between two
+        samples of these sizes from one distribution. Both are None where the sample has fewer than 20 rows a side.
+
+    Raises
+    ------
+    ValueError
+        If the dimensions differ, a set has fewer than 2 usable rows or equal rows only, or an option is unknown.
+    TypeError
+        If a set can be read only once and the method needs more.
+    BadRowsError
+        A ValueError naming file and row, under "raise".
+    OSError
+        If a file cannot be read.
+    """
+    solver = get_method(method, options)
+    check_on_bad_rows(on_bad_rows)
+    choose(backend, "cpu")
+    text_source = open_source(text, name="text", key=key, column=text_column)
+    image_source = open_source(image, name="image", key=key, column=image_column)
+    _check_readable(text_source, solver, method)
+    _check_dims(text_source, image_source)
+    read = partial(_read, on_bad_rows=on_bad_rows, num_threads=num_threads, limit=limit, progress=progress)
+    target, image_sample = read(image_source)
+    source, text_sample = read(text_source)
+    check_sets(source, target)
+    batches = partial(_batches, text_source, limit, progress)
+    problem = _Problem(source, target, batches, text_sample, on_bad_rows, num_threads)
+    solution = solver.solve(problem, **options)
+    report = _report(method, options, source, target, solution)
+    report |= _sample_report(solver, options, text_sample, image_sample, num_threads)
+    prints = {"text": text_source.fingerprint(), "image": image_source.fingerprint()}
+    fingerprints = {name: value for name, value in prints.items() if value is not None}
+    return _alignment(method, solution, source, target, report, fingerprints, encoder)
+
+
+def fit_from_moments(
+    text_moments: Moments,
+    image_moments: Moments,
+    *,
+    text: Any = None,
+    method: str = "realign",
+    on_bad_rows: OnBadRows = "raise",
+    backend: str = "auto",
+    num_threads: int | None = None,
+    key: str | None = None,
+    text_column: str | None = None,
+    encoder: str | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> Alignment:
+    """Fit an alignment from statistics gathered elsewhere, on other machines or other days.
+
+    Parameters
+    ----------
+    text_moments, image_moments
+        Of the two sets.
+    text
+        The rows that `text_moments` count, in any of the forms of `fit`; needed by methods that read the text again
+        ("realign").
+
+    The other parameters, the result and the errors are those of `fit`; the report has no "in_sample" and "held_out".
+    """
+    solver = get_method(method, options)
+    check_on_bad_rows(on_bad_rows)
+    choose(backend, "cpu")
+    check_sets(text_moments, image_moments)
+    sample = Rows(np.empty((0, text_moments.dim), np.float32), "float32")
+    fingerprints = {}
+
+    def batches() -> Iterator[Batch]:
+        raise AssertionError("this method does not read the text")
+
+    if solver.reads_again:
+        if text is None:
+            raise ValueError(f"method {method!r} reads the text rows again: pass text= beside the moments")
+        source = open_source(text, name="text", key=key, column=text_column)
+        _check_readable(source, solver, method)
+        _check_dims(source, image_moments)
+        batches = partial(_batches, source, None, progress)
+        if options.get("refine"):
+            _, sample = _read(source, on_bad_rows, num_threads, None, progress)
+        if (value := source.fingerprint()) is not None:
+            fingerprints["text"] = value
+    problem = _Problem(text_moments, image_moments, batches, sample, on_bad_rows, num_threads)
+    solution = solver.solve(problem, **options)
+    report = _report(method, options, text_moments, image_moments, solution) | {"in_sample": None, "held_out": None}
+    return _alignment(method, solution, text_moments, image_moments, report, fingerprints, encoder)
+
+
+def apply_files(
+    alignment: Alignment,
+    text: Any,
+    out_dir: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    format: str = "same",  # noqa: A002 (the name of the command's flag)
+    side: Side = "source",
+    on_bad_rows: Literal["raise", "zero"] = "raise",
+    column: str | None = None,
+    id_column: str = "id",
+    resume: bool = False,
+    overwrite: bool = False,
+    num_threads: int | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Map every file of `text` into `out_dir`: same names, same row order, ids and other columns kept.
+
+    Each file is written whole or not at all, and `realign-manifest.json` lists what is finished.
+
+    Parameters
+    ----------
+    text
+        A path, glob, directory or list of paths.
+    dtype
+        Of the embeddings written; by default that of the input.
+    format
+        "same", "npy", "parquet", "safetensors" or "pickle".
+    side, on_bad_rows, num_threads
+        As in `Alignment.transform`.
+    column, id_column
+        Names of the columns in files that have several.
+    resume, overwrite
+        What to do with an output folder that is not empty: go on where an earlier run ended, or start again.
+
+    Returns
+    -------
+    dict
+        What was done: files, rows, bytes, bad rows, seconds.
+
+    Raises
+    ------
+    OSError, ValueError
+        As `io.writer.rewrite`.
+    """
+    from .io.writer import rewrite
+
+    check_on_bad_rows(on_bad_rows, skip=False)
+    parameters = alignment._parameters_of(side)
+    threads = count_threads(num_threads)
+    paths = file_paths(text)
+
+    def transform(rows: Rows, out: Rows) -> tuple[int, int, int]:
+        if rows.values.shape[1] != alignment.dim:
+            raise ValueError(f"rows have dimension {rows.values.shape[1]}, the alignment has {alignment.dim}")
+        bad = _transform_rows(parameters, rows, out, threads)
+        _raise_if_bad(bad, on_bad_rows)
+        return bad
+
+    job = {"alignment": alignment.fingerprint, "side": side, "on_bad_rows": on_bad_rows}
+    with show_progress("apply", None, enabled=progress) as advance:
+        return rewrite(
+            paths,
+            out_dir,
+            transform=transform,
+            column=column,
+            id_column=id_column,
+            dtype=dtype,
+            format=format,
+            job=job,
+            resume=resume,
+            overwrite=overwrite,
+            progress=advance,
+        )
+
+
+def gather_moments(
+    data: Any,
+    *,
+    name: str = "data",
+    on_bad_rows: OnBadRows = "raise",
+    num_threads: int | None = None,
+    key: str | None = None,
+    column: str | None = None,
+    limit: int | None = None,
+    progress: bool = False,
+) -> Moments:
+    """Return the moments of everything in `data`, in any of the forms that `fit` takes."""
+    check_on_bad_rows(on_bad_rows)
+    source = open_source(data, name=name, key=key, column=column)
+    moments = Moments(source.dim)
+    for batch in _batches(source, limit, progress):
+        with _located(batch):
+            moments.update_rows(batch.rows, on_bad_rows, num_threads)
+    return moments
+
+
+class _Problem:
+    """The source rows as a solver sees them, be they files or the sample in memory."""
+
+    def __init__(
+        self,
+        source: Moments,
+        target: Moments,
+        batches: Callable[[], Iterable[Batch]],
+        sample: Rows,
+        on_bad_rows: OnBadRows,
+        num_threads: int | None,
+    ) -> None:
+        self.source, self.target = source, target
+        self._batches, self._sample = batches, sample
+        self._on_bad_rows: OnBadRows = on_bad_rows
+        self._num_threads = num_threads
+
+    def mean_of(self, parameters: Parameters) -> NDArray[np.float64]:
+        mapped = self.moments_of(parameters)
+        if (mapped.count, mapped.num_zero) != (self.source.count, self.source.num_zero):
+            raise ValueError(
+                f"text gave {self.source.count} rows when first read and {mapped.count} now: "
+                "it must give the same rows each time it is read"
+            )
+        return mapped.mean
+
+    def moments_of(self, parameters: Parameters) -> Moments:
+        moments = Moments(self.source.dim)
+        for batch in self._batches():
+            with _located(batch):
+                moments.update_transformed(
+                    batch.rows,
+                    parameters.scale,
+                    parameters.shift,
+                    parameters.correction,
+                    self._on_bad_rows,
+                    self._num_threads,
+                )
+        return moments
+
+    def newton_step(self, parameters: Parameters, residual: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Solve `E[(I - out out^T) / ||v + b||] step = residual` by conjugate gradients on rows of the sample.
+
+        Plain loops (einsum), not BLAS: the same bits on any number of threads.
+        """
+        rows = Rows(self._sample.values[:_NEWTON_ROWS], self._sample.dtype)
+        out = np.empty(rows.values.shape, np.float32)
+        uncorrected = replace(parameters, correction=np.zeros_like(parameters.correction))
+        _transform_rows(uncorrected, rows, Rows(out, "float32"), self._num_threads)
+        out += parameters.correction.astype(np.float32)
+        norms = np.sqrt(np.einsum("ij,ij->i", out, out))
+        out /= norms[:, None]
+        weights = 1 / norms
+        mean_weight = float(weights.mean(dtype=np.float64))
+        weights /= np.float32(len(out))
+
+        step = np.zeros_like(residual)
+        rest = residual.copy()
+        direction = rest.copy()
+        size = float(rest @ rest)
+        for _ in range(min(self.source.dim, 100)):
+            along = np.einsum("ij,j->i", out, direction.astype(np.float32))
+            image = mean_weight * direction - np.einsum("ij,i->j", out, along * weights)
+            curvature = float(direction @ image)
+            if curvature <= 1e-6 * float(direction @ direction):
+                break  # no change of the correction moves the mean along here
+            length = size / curvature
+            step += length * direction
+            rest -= length * image
+            previous, size = size, float(rest @ rest)
+            if size <= 1e-10 * float(residual @ residual):
+                break
+            direction = rest + size / previous * direction
+        return step
+
+
+class _located:  # noqa: N801 (reads as a phrase at the call)
+    """Give a bad row the place of its batch."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, BadRowsError):
+            raise error.moved(self._batch.origin, self._batch.start) from None
+
+
+def _batches(source: Source, limit: int | None, progress: bool) -> Iterator[Batch]:
+    total = source.num_rows if limit is None or source.num_rows is None else min(limit, source.num_rows)
+    with show_progress(f"read {source.name}", total, enabled=progress) as advance:
+        for batch in source.batches(limit):
+            yield batch
+            advance(len(batch.rows.values))
+
+
+def _read(
+    source: Source, on_bad_rows: OnBadRows, num_threads: int | None, limit: int | None, progress: bool
+) -> tuple[Moments, Rows]:
+    moments = Moments(source.dim)
+    known = source.num_rows if limit is None or source.num_rows is None else min(limit, source.num_rows)
+    sample = Sample(source.dim, source.dtype, known)
+    for batch in _batches(source, limit, progress):
+        keys = np.empty(len(batch.rows.values), np.uint64)
+        with _located(batch):
+            moments.update_rows(batch.rows, on_bad_rows, num_threads, keys)
+        sample.add(batch.rows, keys)
+    return moments, sample.rows()
+
+
+def _check_readable(source: Source, solver: Method, method: str) -> None:
+    if solver.reads_again and not source.reiterable:
+        raise TypeError(
+            f"{source.name} can be read only once, and method {method!r} reads it again: pass an array, paths, a list "
+            "of batches, or an object whose __iter__ starts anew each time"
+        )
+
+
+def _check_dims(text: Source, image: Source | Moments) -> None:
+    if text.dim != image.dim:
+        raise ValueError(f"text has dimension {text.dim}, image has dimension {image.dim}")
+
+
+def _report(
+    method: str, options: Mapping[str, Any], source: Moments, target: Moments, solution: Solution
+) -> dict[str, Any]:
+    before = float(np.linalg.norm(source.mean - target.mean))
+    sets = {
+        name: {"rows": moments.count, "bad_rows": moments.num_zero + moments.num_skipped, "trace": moments.trace}
+        for name, moments in (("text", source), ("image", target))
+    }
+    return {"method": method, "options": dict(options), **sets, "gap": {"before": before, **solution.gaps}}
+
+
+def _sample_report(
+    solver: Method, options: Mapping[str, Any], text: Rows, image: Rows, num_threads: int | None
+) -> dict[str, Any]:
+    nothing: dict[str, Any] = {"in_sample": None, "held_out": None}
+    if min(len(text.values), len(image.values)) < 2 * _HELD_OUT_EVERY:
+        return nothing
+    (text_in, text_out), (image_in, image_out) = _split(text), _split(image)
+    problem = _in_memory(text_in, image_in, num_threads)
+    try:
+        check_sets(problem.source, problem.target)
+    except ValueError:
+        return nothing
+    solution = solver.solve(problem, **options)
+    held_out = _in_memory(text_out, image_out, num_threads)
+    return {
+        "in_sample": _gaps(solution, problem),
+        "held_out": _gaps(solution, held_out),
+    }
+
+
+def _in_memory(text: Rows, image: Rows, num_threads: int | None) -> _Problem:
+    moments = []
+    for rows in (text, image):
+        moments.append(Moments(rows.values.shape[1]))
+        moments[-1].update_rows(rows, "raise", num_threads)
+    return _Problem(*moments, lambda: [Batch(text, "sample", 0)], text, "raise", num_threads)
+
+
+def _split(rows: Rows) -> tuple[Rows, Rows]:
+    held_out = np.arange(len(rows.values)) % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
+    return Rows(rows.values[~held_out], rows.dtype), Rows(rows.values[held_out], rows.dtype)
+
+
+def _gaps(solution: Solution, problem: _Problem) -> dict[str, Any]:
+    target = problem.target
+    gap = {"before": float(np.linalg.norm(problem.source.mean - target.mean))}
+    mapped = problem.source
+    for step, parameters in solution.steps.items():
+        mapped = problem.moments_of(parameters)
+        gap[step] = float(np.linalg.norm(mapped.mean - target.mean))
+    floor = _noise_floor((mapped.trace, mapped.count), (target.trace, target.count))
+    return {"rows": {"text": mapped.count, "image": target.count}, "gap": gap, "noise_floor": floor}
+
+
+def _noise_floor(*samples: tuple[float, int]) -> float:
+    return float(np.sqrt(sum(trace / count for trace, count in samples)))
+
+
+def _alignment(
+    method: str,
+    solution: Solution,
+    source: Moments,
+    target: Moments,
+    report: dict[str, Any],
+    fingerprints: dict[str, str],
+    encoder: str | None,
+) -> Alignment:
+    found = solution.parameters
+    parameters = Parameters(found.scale, _frozen(found.shift), _frozen(found.correction))
+    return Alignment(
+        method, parameters, SetStatistics.of(source), SetStatistics.of(target), report, fingerprints, encoder
+    )
+
+
+def _frozen(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    values = np.array(values, np.float64, order="C")
+    values.flags.writeable = False
+    return values
+
+
+def _statistics_fields(statistics: SetStatistics) -> dict[str, Any]:
+    return {name: getattr(statistics, name) for name in ("count", "num_zero", "num_skipped", "trace")}
+
+
+def _statistics(fields: Mapping[str, Any], mean: NDArray[np.float64]) -> SetStatistics:
+    count, num_zero, num_skipped = (int(fields[name]) for name in ("count", "num_zero", "num_skipped"))
+    trace = float(fields["trace"])
+    if not (count > 0 and 0 <= num_zero <= count and num_skipped >= 0 and 0 <= trace <= 1):
+        raise ValueError(f"no statistics of a set: {dict(fields)}")
+    return SetStatistics(count, num_zero, num_skipped, trace, _frozen(mean))
+
+
+def _raise_if_bad(bad: tuple[int, int, int], on_bad_rows: str) -> None:
+    num_zero, num_nonfinite, first = bad
+    if first >= 0 and on_bad_rows == "raise":
+        raise BadRowsError("x", first, num_zero, num_nonfinite)
+
+
+def _transform_rows(parameters: Parameters, rows: Rows, out: Rows, num_threads: int | None) -> tuple[int, int, int]:
+    return _C.row_transform(
+        rows.values,
+        rows.bfloat16,
+        out.values,
+        out.bfloat16,
+        parameters.scale,
+        parameters.shift,
+        parameters.correction,
+        count_threads(num_threads),
+    )
+
+
+def _empty_like(x: Any, dtype: str) -> Any:
+    if is_tensor(x):
+        torch = sys.modules["torch"]
+        return torch.empty(x.shape, dtype=getattr(torch, dtype), device=x.device)
+    if dtype == "bfloat16":
+        if x.dtype.name != "bfloat16":
+            raise TypeError("NumPy has no bfloat16: pass a torch tensor, or out= as an array of another dtype")
+        return np.empty(x.shape, x.dtype)
+    return np.empty(x.shape, storage(dtype))
+
+
+def _check_out(x: Any, out: Any, dtype: Any) -> None:
+    if is_tensor(out) != is_tensor(x):
+        raise TypeError(f"out must be of the kind of x, {type(x).__name__}, got {type(out).__name__}")
+    if tuple(out.shape) != tuple(x.shape):
+        raise ValueError(f"out must have the shape of x, {tuple(x.shape)}, got {tuple(out.shape)}")
+    if is_tensor(x) and out.device != x.device:
+        raise ValueError(f"out must be on the device of x, {x.device}, got {out.device}")
+    if dtype is not None and dtype_name(dtype) != dtype_name(out.dtype, name="out.dtype"):
+        raise ValueError(f"dtype is {dtype_name(dtype)}, but out has {dtype_name(out.dtype)}: give one of them")
+
+
+def _copy_back(target: Rows, out: Any) -> None:
+    """Bring the result to `out` where its layout did not let the kernel write there."""
+    if is_tensor(out):
+        torch = sys.modules["torch"]
+        if target.values.ctypes.data != out.data_ptr() and target.values.size:
+            values = torch.from_numpy(target.values.view(np.int16) if target.bfloat16 else target.values)
+            out.copy_((values.view(torch.bfloat16) if target.bfloat16 else values).reshape(out.shape))
+    elif not np.may_share_memory(target.values, out):
+        out[...] = target.values.view(out.dtype.newbyteorder("=")).reshape(out.shape)
+
+
+def _transform_torch(x: Any, out: Any, dtype: Any, parameters: Parameters, dim: int, on_bad_rows: str) -> Any:
+    if not is_tensor(x):
+        raise TypeError(f"backend 'torch' takes torch tensors, got {type(x).__name__}")
+    if x.ndim == 0 or x.shape[-1] != dim:
+        raise ValueError(f"x must have rows of dimension {dim}, got shape {tuple(x.shape)}")
+    name = dtype_name(x.dtype, name="x.dtype")
+    if out is not None:
+        _check_out(x, out, dtype)
+    from ._torch_rows import row_transform
+
+    # A result of its own, so that an error leaves `out` as it was.
+    result = _empty_like(x, name if dtype is None else dtype_name(dtype)) if out is None else out.new_empty(out.shape)
+    _raise_if_bad(row_transform(x.detach().reshape(-1, dim), result.view(-1, dim), parameters), on_bad_rows)
+    return result if out is None else out.copy_(result)
