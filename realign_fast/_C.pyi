@@ -24,7 +24,7 @@ def instruction_sets() -> list[str]:
     """Names that this build has and this processor runs, slowest first: baseline, avx2, avx512, neon."""
 
 def instruction_set() -> str:
-    """The one in use."""
+    """Return the one in use."""
 
 def use_instruction_set(name: str) -> None:
     """Use `name` from now on in this process ("auto": the fastest). ValueError if it cannot run here."""

@@ -110,6 +110,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, NDArray[Any]], dict[s
         raise ValueError(f"{path}: header entry {_KEY!r} does not state its format")
     if fields["format"] > FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format version {fields['format']}, this package reads up to {FORMAT_VERSION}: upgrade realign-fast"
+            f"{path} has format version {fields['format']}, newer than the {FORMAT_VERSION} that this package reads: "
+            "upgrade realign-fast"
         )
     return tensors, fields

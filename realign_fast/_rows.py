@@ -72,10 +72,15 @@ def as_rows(x: object, *, name: str = "x", dim: int | None = None) -> Rows:
     return Rows(values, dtype)
 
 
+def refuse_gradients(x: Any, name: str) -> None:
+    """Raise ValueError if the tensor `x` records gradients: they would end here, silently."""
+    if x.requires_grad and sys.modules["torch"].is_grad_enabled():
+        raise ValueError(f"{name} records gradients, which end here: pass {name}.detach() or use torch.no_grad()")
+
+
 def _tensor_values(x: Any, name: str) -> tuple[NDArray[Any], str]:
     torch = sys.modules["torch"]
-    if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} records gradients, which end here: pass {name}.detach() or use torch.no_grad()")
+    refuse_gradients(x, name)
     dtype = dtype_name(x.dtype, name=f"{name}.dtype")
     x = x.detach()
     if x.device.type != "cpu":

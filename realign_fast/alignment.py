@@ -20,7 +20,7 @@ from . import _C, _files
 from ._dtypes import Rows, storage
 from ._errors import BadRowsError
 from ._progress import progress as show_progress
-from ._rows import as_rows, dtype_name, is_tensor
+from ._rows import as_rows, dtype_name, is_tensor, refuse_gradients
 from ._sample import Sample
 from .backends import choose, count_threads
 from .io.sources import Batch, Source, file_paths, open_source
@@ -811,6 +811,7 @@ def _transform_torch(x: Any, out: Any, dtype: Any, parameters: Parameters, dim: 
         raise TypeError(f"backend 'torch' takes torch tensors, got {type(x).__name__}")
     if x.ndim == 0 or x.shape[-1] != dim:
         raise ValueError(f"x must have rows of dimension {dim}, got shape {tuple(x.shape)}")
+    refuse_gradients(x, "x")
     name = dtype_name(x.dtype, name="x.dtype")
     if out is not None:
         _check_out(x, out, dtype)

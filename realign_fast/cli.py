@@ -1,0 +1,334 @@
+"""The command `realign`: each command a few lines over the public API.
+
+Progress and words go to stderr; the last line of stdout is one JSON object. Exit codes: 0 done, 1 the data or the
+files are wrong, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ._version import __version__
+
+Handler = Callable[[argparse.Namespace], dict[str, Any]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    handler: Handler = arguments.handler
+    try:
+        summary = handler(arguments)
+    except (OSError, ValueError, TypeError, OverflowError, ImportError, MemoryError) as error:
+        print(f"realign {arguments.command}: {_one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"realign {arguments.command}: interrupted", file=sys.stderr)
+        return 130
+    print(json.dumps(summary))
+    return 0 if summary.get("ok", True) else 1
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _fit(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .alignment import fit
+
+    options = {} if arguments.refine is None else {"refine": arguments.refine}
+    _check_output_file(arguments.output)
+    alignment = fit(
+        arguments.text,
+        arguments.image,
+        method=arguments.method,
+        on_bad_rows=arguments.on_bad_rows,
+        num_threads=arguments.threads,
+        text_column=arguments.text_column or arguments.embedding_column,
+        image_column=arguments.image_column or arguments.embedding_column,
+        limit=arguments.limit,
+        encoder=arguments.encoder,
+        progress=True,
+        **options,
+    )
+    alignment.save(arguments.output)
+    report = alignment.report
+    before, held_out = report["gap"]["before"], report["held_out"]
+    if held_out is None:
+        _say(f"gap before {before:.4g}; too few rows for a held-out check")
+    else:
+        after = list(held_out["gap"].values())[-1]
+        _say(f"gap before {before:.4g}, after {after:.4g} on held-out rows (noise floor {held_out['noise_floor']:.2g})")
+    return {"command": "fit", "output": str(arguments.output), **report}
+
+
+def _stats(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .alignment import gather_moments
+
+    _check_output_file(arguments.output)
+    moments = gather_moments(
+        arguments.path,
+        name="path",
+        on_bad_rows=arguments.on_bad_rows,
+        num_threads=arguments.threads,
+        column=arguments.embedding_column,
+        limit=arguments.limit,
+        progress=True,
+    )
+    if moments.count == 0:
+        raise ValueError(f"{arguments.path} has no rows to count")
+    moments.save(arguments.output)
+    return {"command": "stats", "output": str(arguments.output), **_describe_moments(moments)}
+
+
+def _merge(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .moments import Moments
+
+    _check_output_file(arguments.output)
+    merged = Moments.load(arguments.parts[0])
+    for part in arguments.parts[1:]:
+        merged.merge(Moments.load(part))
+    merged.save(arguments.output)
+    return {"command": "merge", "output": str(arguments.output), **_describe_moments(merged)}
+
+
+def _apply(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .alignment import Alignment, apply_files
+
+    summary = apply_files(
+        Alignment.load(arguments.alignment),
+        arguments.text,
+        arguments.output,
+        dtype=arguments.dtype,
+        format=arguments.format,
+        side=arguments.side,
+        on_bad_rows=arguments.on_bad_rows,
+        column=arguments.text_column or arguments.embedding_column,
+        id_column=arguments.id_column,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        num_threads=arguments.threads,
+        progress=True,
+    )
+    return {"command": "apply", "output": str(arguments.output), **summary}
+
+
+def _convert(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .io.writer import convert
+
+    summary = convert(
+        arguments.input,
+        arguments.output,
+        format=arguments.format,
+        column=arguments.embedding_column,
+        id_column=arguments.id_column,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+    )
+    return {"command": "convert", "output": str(arguments.output), **summary}
+
+
+def _inspect(arguments: argparse.Namespace) -> dict[str, Any]:
+    from . import _files
+    from .alignment import Alignment
+    from .io.sources import open_source
+    from .moments import Moments
+
+    path = Path(arguments.file)
+    kind = _files.kind_of(path) if path.is_file() and path.suffix == ".safetensors" else None
+    if kind == "alignment":
+        described = _describe_alignment(Alignment.load(path))
+    elif kind == "moments":
+        described = {"kind": kind, **_describe_moments(Moments.load(path))}
+    else:
+        source = open_source(path, name="file", column=arguments.embedding_column)
+        described = {"kind": "embeddings", "rows": source.num_rows, "dim": source.dim, "dtype": source.dtype}
+    for name, value in described.items():
+        _say(f"{name}: {json.dumps(value)}")
+    return {"command": "inspect", "file": str(path), **described}
+
+
+def _verify(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .io.writer import verify
+
+    summary = verify(arguments.directory)
+    for problem in summary["problems"]:
+        _say(f"realign verify: {problem}")
+    return {"command": "verify", "directory": str(arguments.directory), **summary}
+
+
+def _bench(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .benchmark import run
+
+    result = run(quick=arguments.quick)
+    if arguments.json is not None:
+        Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
+    return {"command": "bench", **result}
+
+
+def _demo(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .demo.run import run_demo
+
+    return {"command": "demo", **run_demo(arguments.output)}
+
+
+def _check_output_file(path: str) -> None:
+    """Refuse, before hours of reading, an output that could not be written after them."""
+    target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"output {path} is a directory, expected a file name")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"output {path}: there is no directory {target.parent}")
+
+
+def _describe_moments(moments: Any) -> dict[str, Any]:
+    return {
+        "dim": moments.dim,
+        "rows": moments.count,
+        "bad_rows": moments.num_zero + moments.num_skipped,
+        "trace": moments.trace,
+    }
+
+
+def _describe_alignment(alignment: Any) -> dict[str, Any]:
+    return {
+        "kind": "alignment",
+        "dim": alignment.dim,
+        "scale": alignment.scale,
+        "encoder": alignment.encoder,
+        "fingerprint": alignment.fingerprint,
+        **alignment.report,
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="realign",
+        description="Close the modality gap: fit an alignment of text embeddings to image embeddings, and apply it.",
+    )
+    parser.add_argument("--version", action="version", version=f"realign-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, handler: Handler, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(handler=handler)
+        return added
+
+    fit = command("fit", _fit, "fit an alignment of TEXT to IMAGE")
+    fit.add_argument("text", metavar="TEXT", help="file, directory or glob of text embeddings")
+    fit.add_argument("image", metavar="IMAGE", help="file, directory or glob of image embeddings")
+    fit.add_argument("-o", "--output", required=True, metavar="FILE", help="alignment to write (.safetensors)")
+    fit.add_argument("--method", default="realign", help="anchor, anchor_trace or realign (default)")
+    fit.add_argument("--refine", type=_count, metavar="K", help="Newton steps on the centroid, each reads TEXT again")
+    fit.add_argument("--encoder", help="name of the encoder, kept in the file")
+    _add_bad_rows(fit, ("raise", "skip", "zero"))
+    _add_limit(fit)
+    _add_columns(fit, text=True, image=True)
+    _add_threads(fit)
+
+    stats = command("stats", _stats, "gather the moments of PATH")
+    stats.add_argument("path", metavar="PATH", help="file, directory or glob of embeddings")
+    stats.add_argument("-o", "--output", required=True, metavar="FILE", help="moments to write (.safetensors)")
+    _add_bad_rows(stats, ("raise", "skip", "zero"))
+    _add_limit(stats)
+    _add_columns(stats)
+    _add_threads(stats)
+
+    merge = command("merge", _merge, "add up moments gathered apart")
+    merge.add_argument("parts", nargs="+", metavar="MOMENTS")
+    merge.add_argument("-o", "--output", required=True, metavar="FILE")
+
+    apply = command("apply", _apply, "map every file of TEXT into a directory")
+    apply.add_argument("alignment", metavar="ALIGNMENT")
+    apply.add_argument("text", metavar="TEXT", help="file, directory or glob of embeddings")
+    apply.add_argument("-o", "--output", required=True, metavar="DIR")
+    apply.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"), help="default: as the input")
+    apply.add_argument("--side", choices=("source", "target"), default="source", help="map text rows, or image rows")
+    _add_bad_rows(apply, ("raise", "zero"))
+    _add_format(apply, ("same", "npy", "parquet", "safetensors", "pickle"), "same")
+    _add_existing(apply)
+    _add_columns(apply, text=True)
+    _add_id_column(apply)
+    _add_threads(apply)
+
+    convert = command("convert", _convert, "write embeddings in another format")
+    convert.add_argument("input", metavar="IN", help="file, directory or glob of embeddings")
+    convert.add_argument("-o", "--output", required=True, metavar="DIR")
+    _add_format(convert, ("npy", "parquet", "safetensors", "pickle"), None)
+    _add_existing(convert)
+    _add_columns(convert)
+    _add_id_column(convert)
+
+    inspect = command("inspect", _inspect, "say what an alignment, moments or a shard holds")
+    inspect.add_argument("file", metavar="FILE")
+    _add_columns(inspect)
+
+    verify = command("verify", _verify, "check an output directory against its manifest")
+    verify.add_argument("directory", metavar="DIR")
+
+    bench = command("bench", _bench, "time the kernels against this machine's read and copy speed")
+    bench.add_argument("--json", metavar="FILE", help="also write the result there")
+    bench.add_argument("--quick", action="store_true", help="small sizes, for a first look")
+
+    demo = command("demo", _demo, "the whole job on embeddings it makes itself, in about two minutes")
+    demo.add_argument("-o", "--output", default="realign-demo", metavar="DIR")
+    return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _add_bad_rows(parser: argparse.ArgumentParser, choices: Sequence[str]) -> None:
+    parser.add_argument("--on-bad-rows", choices=choices, default="raise", help="rows with NaN, infinity or norm zero")
+
+
+def _add_limit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--limit", type=_positive, metavar="ROWS", help="read at most so many rows of each side")
+
+
+def _add_columns(parser: argparse.ArgumentParser, *, text: bool = False, image: bool = False) -> None:
+    parser.add_argument("--embedding-column", metavar="NAME", help="default: embedding (embed in pickles)")
+    if text:
+        parser.add_argument("--text-column", metavar="NAME", help="the same, for TEXT alone")
+    if image:
+        parser.add_argument("--image-column", metavar="NAME", help="the same, for IMAGE alone")
+
+
+def _add_id_column(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--id-column", default="id", metavar="NAME", help="default: id")
+
+
+def _add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=_positive, metavar="N", help="default: the cores this process may use")
+
+
+def _add_format(parser: argparse.ArgumentParser, choices: Sequence[str], default: str | None) -> None:
+    parser.add_argument("--format", choices=choices, default=default, required=default is None)
+
+
+def _add_existing(parser: argparse.ArgumentParser) -> None:
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on where an earlier run ended")
+    existing.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote")
