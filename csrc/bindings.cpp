@@ -1,0 +1,247 @@
+// The only file that knows Python: checks what comes, takes pointers, releases the GIL, calls.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <cstdio>
+
+#include "dispatch.h"
+#include "moments.h"
+#include "pickle_scan.h"
+#include "row_transform.h"
+#include "xxh64.h"
+
+namespace py = pybind11;
+
+namespace realign {
+namespace {
+
+std::string shape_of(const py::array& array) { return py::str(array.attr("shape")); }
+
+[[noreturn]] void wrong_dtype(const char* name, const std::string& expected, const py::array& array) {
+  throw py::type_error(std::string(name) + " must be " + expected + ", got " + std::string(py::str(array.dtype())));
+}
+
+Dtype row_dtype(const py::array& array, bool bfloat16, const char* name) {
+  const py::dtype dtype = array.dtype();
+  const char kind = dtype.kind();
+  const py::ssize_t size = dtype.itemsize();
+  const bool native = py::cast<bool>(dtype.attr("isnative"));
+  if (native && bfloat16 && kind == 'u' && size == 2) return kBfloat16;
+  if (native && !bfloat16 && kind == 'f' && size == 2) return kFloat16;
+  if (native && !bfloat16 && kind == 'f' && size == 4) return kFloat32;
+  if (native && !bfloat16 && kind == 'f' && size == 8) return kFloat64;
+  wrong_dtype(name, bfloat16 ? "uint16 holding bfloat16" : "float16, float32 or float64 in native byte order", array);
+}
+
+Rows rows_of(const py::array& array, bool bfloat16, const char* name) {
+  const Dtype dtype = row_dtype(array, bfloat16, name);
+  if (array.ndim() != 2 || array.shape(1) < 1)
+    throw py::value_error(std::string(name) + " must have shape (n, dim) with dim of at least 1, got " +
+                          shape_of(array));
+  if (array.shape(1) > 1 && array.shape(0) > 0 && array.strides(1) != array.itemsize())
+    throw py::value_error(std::string(name) + " must have a contiguous last axis, got a stride of " +
+                          std::to_string(array.strides(1)) + " bytes");
+  return {{static_cast<const char*>(array.data()), array.strides(0), array.shape(0), array.shape(1)}, dtype};
+}
+
+// A one-dimensional C-contiguous array of T and of this size.
+template <typename T>
+T* vector_of(const py::array& array, int64_t size, const char* name, bool writeable) {
+  if (!py::isinstance<py::array_t<T>>(array)) wrong_dtype(name, std::string(py::str(py::dtype::of<T>())), array);
+  if (array.ndim() != 1 || array.shape(0) != size || (size > 1 && array.strides(0) != array.itemsize()))
+    throw py::value_error(std::string(name) + " must be contiguous of shape (" + std::to_string(size) + ",), got " +
+                          shape_of(array));
+  if (writeable && !array.writeable()) throw py::value_error(std::string(name) + " must be writeable");
+  return static_cast<T*>(const_cast<void*>(array.data()));
+}
+
+MapVectors map_of(double scale, const py::array& shift, const py::array& correction, int64_t dim) {
+  if (!std::isfinite(scale)) throw py::value_error("scale must be finite, got " + std::to_string(scale));
+  return MapVectors(scale, vector_of<double>(shift, dim, "shift", false),
+                    vector_of<double>(correction, dim, "correction", false), dim);
+}
+
+int threads_of(int num_threads) {
+  if (num_threads < 1) throw py::value_error("num_threads must be at least 1, got " + std::to_string(num_threads));
+  return num_threads;
+}
+
+py::tuple tuple_of(const BadRows& bad) { return py::make_tuple(bad.num_zero, bad.num_nonfinite, bad.first); }
+
+py::tuple py_moments(const py::array& array, bool bfloat16, const py::array& sums, const py::object& keys,
+                     int num_threads) {
+  const Rows rows = rows_of(array, bfloat16, "rows");
+  int64_t* sum = vector_of<int64_t>(sums, rows.range.dim, "sums", true);
+  uint64_t* key = nullptr;
+  if (!keys.is_none()) {
+    if (!py::isinstance<py::array>(keys)) throw py::type_error("keys must be an array of uint64 or None");
+    key = vector_of<uint64_t>(py::reinterpret_borrow<py::array>(keys), rows.range.num_rows, "keys", true);
+  }
+  BadRows bad;
+  {
+    const int threads = threads_of(num_threads);
+    py::gil_scoped_release release;
+    bad = moments(rows, sum, key, threads);
+  }
+  return tuple_of(bad);
+}
+
+py::tuple py_transformed_moments(const py::array& array, bool bfloat16, double scale, const py::array& shift,
+                                 const py::array& correction, const py::array& sums, int num_threads) {
+  const Rows rows = rows_of(array, bfloat16, "rows");
+  const MapVectors map = map_of(scale, shift, correction, rows.range.dim);
+  int64_t* sum = vector_of<int64_t>(sums, rows.range.dim, "sums", true);
+  BadRows bad;
+  {
+    const int threads = threads_of(num_threads);
+    py::gil_scoped_release release;
+    bad = transformed_moments(rows, map, sum, threads);
+  }
+  return tuple_of(bad);
+}
+
+// The bytes from the first to past the last that rows lie in.
+std::pair<const char*, const char*> extent_of(const Rows& rows) {
+  const RowRange& range = rows.range;
+  if (range.num_rows == 0) return {range.data, range.data};
+  const char* last = range.data + (range.num_rows - 1) * range.stride;
+  return {std::min(range.data, last), std::max(range.data, last) + range.dim * kItemsize[rows.dtype]};
+}
+
+py::tuple py_row_transform(const py::array& array, bool bfloat16, const py::array& out_array, bool out_bfloat16,
+                           double scale, const py::array& shift, const py::array& correction, int num_threads) {
+  const Rows rows = rows_of(array, bfloat16, "rows");
+  const Rows out = rows_of(out_array, out_bfloat16, "out");
+  if (!out_array.writeable()) throw py::value_error("out must be writeable");
+  if (out.range.num_rows != rows.range.num_rows || out.range.dim != rows.range.dim)
+    throw py::value_error("out must have the shape of rows, " + shape_of(array) + ", got " + shape_of(out_array));
+  if (out.range.num_rows > 1 && std::abs(out.range.stride) < out.range.dim * kItemsize[out.dtype])
+    throw py::value_error("out must not have rows that overlap");
+  const bool in_place = out.range.data == rows.range.data && out.range.stride == rows.range.stride &&
+                        kItemsize[out.dtype] == kItemsize[rows.dtype];
+  const auto [rows_begin, rows_end] = extent_of(rows);
+  const auto [out_begin, out_end] = extent_of(out);
+  if (!in_place && rows_begin < out_end && out_begin < rows_end)
+    throw py::value_error("out must be rows themselves or not overlap them");
+  const MapVectors map = map_of(scale, shift, correction, rows.range.dim);
+  BadRows bad;
+  {
+    const int threads = threads_of(num_threads);
+    py::gil_scoped_release release;
+    bad = row_transform(rows, map, const_cast<char*>(out.range.data), out.range.stride, out.dtype, threads);
+  }
+  return tuple_of(bad);
+}
+
+py::tuple py_find_bad_rows(const py::array& array, bool bfloat16, int num_threads) {
+  const Rows rows = rows_of(array, bfloat16, "rows");
+  BadRows bad;
+  {
+    const int threads = threads_of(num_threads);
+    py::gil_scoped_release release;
+    bad = find_bad_rows(rows, threads);
+  }
+  return tuple_of(bad);
+}
+
+// The bytes of a buffer, held while this lives.
+class Bytes {
+ public:
+  Bytes(const py::object& object, const char* name, bool writeable) {
+    if (PyObject_GetBuffer(object.ptr(), &view_, writeable ? PyBUF_CONTIG : PyBUF_CONTIG_RO) != 0) {
+      PyErr_Clear();
+      throw py::type_error(std::string(name) + " must be a contiguous " + (writeable ? "writeable " : "") + "buffer");
+    }
+  }
+  ~Bytes() { PyBuffer_Release(&view_); }
+  Bytes(const Bytes&) = delete;
+  Bytes& operator=(const Bytes&) = delete;
+
+  char* data() const { return static_cast<char*>(view_.buf); }
+  int64_t size() const { return view_.len; }
+
+ private:
+  Py_buffer view_;
+};
+
+uint64_t py_stream_read(const py::object& buffer, int num_threads) {
+  const Bytes bytes(buffer, "buffer", false);
+  const int parts = useful_threads(threads_of(num_threads), bytes.size(), bytes.size());
+  std::vector<uint64_t> sums(size_t(parts), 0);
+  py::gil_scoped_release release;
+  parallel_for(parts, bytes.size(), [&](int part, int64_t begin, int64_t end) {
+    sums[size_t(part)] = current_table().stream_read(bytes.data() + begin, end - begin);
+  });
+  uint64_t sum = 0;
+  for (const uint64_t part : sums) sum += part;
+  return sum;
+}
+
+void py_stream_copy(const py::object& source, const py::object& target, bool nontemporal, int num_threads) {
+  const Bytes from(source, "source", false), to(target, "target", true);
+  if (from.size() != to.size())
+    throw py::value_error("target must have the " + std::to_string(from.size()) + " bytes of source, got " +
+                          std::to_string(to.size()));
+  // In units of 64 bytes, so that each part begins where a line does.
+  const int64_t lines = (from.size() + 63) / 64;
+  const int parts = useful_threads(threads_of(num_threads), lines, from.size());
+  py::gil_scoped_release release;
+  parallel_for(parts, lines, [&](int, int64_t begin, int64_t end) {
+    const int64_t first = begin * 64, last = std::min(end * 64, from.size());
+    current_table().stream_copy(from.data() + first, to.data() + first, last - first, nontemporal);
+  });
+}
+
+}  // namespace
+}  // namespace realign
+
+PYBIND11_MODULE(_C, m) {
+  using namespace realign;
+
+  m.attr("FIXED_POINT_BITS") = kFixedPointBits;
+  m.def("instruction_sets", [] {
+    std::vector<std::string> names;
+    for (const KernelTable* table : available_tables()) names.emplace_back(table->name);
+    return names;
+  });
+  m.def("instruction_set", [] { return std::string(current_table().name); });
+  m.def("use_instruction_set", &use_table, py::arg("name"));
+  m.def("moments", &py_moments, py::arg("rows").noconvert(), py::arg("bfloat16"), py::arg("sums").noconvert(),
+        py::arg("keys").none(true), py::arg("num_threads"));
+  m.def("transformed_moments", &py_transformed_moments, py::arg("rows").noconvert(), py::arg("bfloat16"),
+        py::arg("scale"), py::arg("shift").noconvert(), py::arg("correction").noconvert(), py::arg("sums").noconvert(),
+        py::arg("num_threads"));
+  m.def("row_transform", &py_row_transform, py::arg("rows").noconvert(), py::arg("bfloat16"),
+        py::arg("out").noconvert(), py::arg("out_bfloat16"), py::arg("scale"), py::arg("shift").noconvert(),
+        py::arg("correction").noconvert(), py::arg("num_threads"));
+  m.def("find_bad_rows", &py_find_bad_rows, py::arg("rows").noconvert(), py::arg("bfloat16"), py::arg("num_threads"));
+  m.def("stream_read", &py_stream_read, py::arg("buffer"), py::arg("num_threads"));
+  m.def("stream_copy", &py_stream_copy, py::arg("source"), py::arg("target"), py::arg("nontemporal"),
+        py::arg("num_threads"));
+  py::class_<Xxh64>(m, "XXH64")
+      .def(py::init<uint64_t>(), py::arg("seed") = 0)
+      .def(
+          "update",
+          [](Xxh64& hash, const py::object& data) {
+            const Bytes bytes(data, "data", false);
+            py::gil_scoped_release release;
+            hash.update(reinterpret_cast<const unsigned char*>(bytes.data()), uint64_t(bytes.size()));
+          },
+          py::arg("data"))
+      .def("intdigest", &Xxh64::digest)
+      .def("hexdigest", [](const Xxh64& hash) {
+        char text[17];
+        std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(hash.digest()));
+        return std::string(text);
+      });
+  m.def(
+      "scan_pickle",
+      [](const py::object& data) {
+        const Bytes bytes(data, "data", false);
+        py::gil_scoped_release release;
+        scan_pickle(reinterpret_cast<const std::uint8_t*>(bytes.data()), size_t(bytes.size()));
+      },
+      py::arg("data"));
+}

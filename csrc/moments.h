@@ -1,0 +1,15 @@
+// Fixed-point sums of unit rows.
+#pragma once
+
+#include "row_transform.h"
+#include "rows.h"
+
+namespace realign {
+
+// Adds each good row, normalised, to `sums` (dim); `keys` (num_rows) may be null.
+BadRows moments(const Rows& rows, int64_t* sums, uint64_t* keys, int num_threads);
+
+// The same of the rows that row_transform would write.
+BadRows transformed_moments(const Rows& rows, const MapVectors& map, int64_t* sums, int num_threads);
+
+}  // namespace realign

@@ -1,0 +1,58 @@
+#include "row_transform.h"
+
+namespace realign {
+namespace {
+
+// What is larger than this is not found in a cache by whoever reads it next: written past the caches it spares the
+// memory a read of each line.
+constexpr int64_t kStreamBytes = 16 << 20;
+
+}  // namespace
+
+MapVectors::MapVectors(double scale, const double* shift, const double* correction, int64_t dim)
+    : scale_(scale),
+      shift64_(shift),
+      correction64_(correction),
+      shift_(size_t(dim + kPadding), 0.0f),
+      correction_(size_t(dim + kPadding), 0.0f) {
+  for (int64_t j = 0; j < dim; ++j) {
+    shift_[size_t(j)] = float(shift[j]);
+    correction_[size_t(j)] = float(correction[j]);
+    shift_shift_ += shift[j] * shift[j];
+    correction_correction_ += correction[j] * correction[j];
+    shift_correction_ += shift[j] * correction[j];
+  }
+}
+
+Map MapVectors::view() const {
+  return {scale_,
+          shift64_,
+          correction64_,
+          shift_.data(),
+          correction_.data(),
+          shift_shift_,
+          correction_correction_,
+          shift_correction_};
+}
+
+BadRows row_transform(const Rows& rows, const MapVectors& map, char* out, int64_t out_stride, Dtype out_dtype,
+                      int num_threads) {
+  const RowTransformKernel kernel = current_table().row_transform[rows.dtype][out_dtype];
+  const Map view = map.view();
+  const int64_t out_bytes = rows.range.num_rows * rows.range.dim * kItemsize[out_dtype];
+  const bool nontemporal = out != rows.range.data && out_bytes > kStreamBytes;
+  const int num_parts = useful_threads(num_threads, rows.range.num_rows, rows.bytes());
+  return for_each_part(rows, num_parts, [&](int, const RowRange& range, int64_t first, double* scratch, BadRows* bad) {
+    kernel(range, view, out + first * out_stride, out_stride, nontemporal, scratch, bad);
+  });
+}
+
+BadRows find_bad_rows(const Rows& rows, int num_threads) {
+  const FindBadRowsKernel kernel = current_table().find_bad_rows[rows.dtype];
+  const int num_parts = useful_threads(num_threads, rows.range.num_rows, rows.bytes());
+  return for_each_part(rows, num_parts, [&](int, const RowRange& range, int64_t, double* scratch, BadRows* bad) {
+    kernel(range, scratch, bad);
+  });
+}
+
+}  // namespace realign

@@ -1,0 +1,91 @@
+// Eight lanes: AVX2, FMA and F16C.
+#include "simd/types.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace {
+
+constexpr int W = 8;
+using F = __m256;
+struct I {
+  __m256i lanes;
+};
+
+inline F zero() { return _mm256_setzero_ps(); }
+inline F set1(float x) { return _mm256_set1_ps(x); }
+inline F add(F a, F b) { return _mm256_add_ps(a, b); }
+inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+inline I add(I a, I b) { return {_mm256_add_epi32(a.lanes, b.lanes)}; }
+
+inline F load(const float* x) { return _mm256_loadu_ps(x); }
+inline F load(const Half* x) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))); }
+inline F load(const Bf16* x) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+
+inline __m128i to_bits(F value, const Half*) {
+  return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline __m128i to_bits(F value, const Bf16*) {
+  const __m256i bits = _mm256_castps_si256(value);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i high = _mm256_srli_epi32(rounded, 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+}
+
+inline void store(float* out, F value) { _mm256_storeu_ps(out, value); }
+inline void stream(float* out, F value) { _mm256_stream_ps(out, value); }
+template <typename T>
+inline void store(T* out, F value) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), to_bits(value, out));
+}
+template <typename T>
+inline void stream(T* out, F value) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(out), to_bits(value, out));
+}
+inline void fence() { _mm_sfence(); }
+
+inline I to_int32(F x) { return {_mm256_cvtps_epi32(x)}; }
+inline I load_int32(const char* x) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))}; }
+inline void add_to_int64(int64_t* sums, I x) {
+  __m256i* at = reinterpret_cast<__m256i*>(sums);
+  const __m256i low = _mm256_cvtepi32_epi64(_mm256_castsi256_si128(x.lanes));
+  const __m256i high = _mm256_cvtepi32_epi64(_mm256_extracti128_si256(x.lanes, 1));
+  _mm256_storeu_si256(at, _mm256_add_epi64(_mm256_loadu_si256(at), low));
+  _mm256_storeu_si256(at + 1, _mm256_add_epi64(_mm256_loadu_si256(at + 1), high));
+}
+
+}  // namespace
+
+#include "simd/body.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace {
+const realign::KernelTable kTable = REALIGN_TABLE("avx2");
+}
+
+namespace realign {
+extern const KernelTable* const kAvx2 = &kTable;
+}
+
+#else
+namespace realign {
+extern const KernelTable* const kAvx2 = nullptr;
+}
+#endif

@@ -1,0 +1,95 @@
+// Sixteen lanes: AVX-512 F, BW, DQ and VL.
+#include "simd/types.h"
+
+#if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC's own headers start some results from an undefined register and warn of it (its bug 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+
+namespace {
+
+constexpr int W = 16;
+using F = __m512;
+struct I {
+  __m512i lanes;
+};
+
+inline F zero() { return _mm512_setzero_ps(); }
+inline F set1(float x) { return _mm512_set1_ps(x); }
+inline F add(F a, F b) { return _mm512_add_ps(a, b); }
+inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+inline I add(I a, I b) { return {_mm512_add_epi32(a.lanes, b.lanes)}; }
+
+inline F load(const float* x) { return _mm512_loadu_ps(x); }
+inline F load(const Half* x) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
+inline F load(const Bf16* x) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+inline __m256i to_bits(F value, const Half*) {
+  return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline __m256i to_bits(F value, const Bf16*) {
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+
+inline void store(float* out, F value) { _mm512_storeu_ps(out, value); }
+inline void stream(float* out, F value) { _mm512_stream_ps(out, value); }
+template <typename T>
+inline void store(T* out, F value) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), to_bits(value, out));
+}
+template <typename T>
+inline void stream(T* out, F value) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(out), to_bits(value, out));
+}
+inline void fence() { _mm_sfence(); }
+
+inline I to_int32(F x) { return {_mm512_cvtps_epi32(x)}; }
+inline I load_int32(const char* x) { return {_mm512_loadu_si512(x)}; }
+inline void add_to_int64(int64_t* sums, I x) {
+  const __m512i low = _mm512_cvtepi32_epi64(_mm512_castsi512_si256(x.lanes));
+  const __m512i high = _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(x.lanes, 1));
+  _mm512_storeu_si512(sums, _mm512_add_epi64(_mm512_loadu_si512(sums), low));
+  _mm512_storeu_si512(sums + 8, _mm512_add_epi64(_mm512_loadu_si512(sums + 8), high));
+}
+
+}  // namespace
+
+#include "simd/body.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace {
+const realign::KernelTable kTable = REALIGN_TABLE("avx512");
+}
+
+namespace realign {
+extern const KernelTable* const kAvx512 = &kTable;
+}
+
+#else
+namespace realign {
+extern const KernelTable* const kAvx512 = nullptr;
+}
+#endif

@@ -1,0 +1,467 @@
+// The kernels, written once over the vector type of the file that includes this.
+//
+// That file has defined, in an anonymous namespace: `W` (lanes), `F` (W floats), `I` (W int32), the row types `Half`
+// and `Bf16`, and zero, set1, add, fma, mul, load, store, stream, to_int32, add(I, I), add_to_int64, fence. Everything
+// here is in an anonymous namespace too and uses no template or inline function of the standard library: the linker may
+// merge such functions between files, and the baseline would then run instructions that its processor lacks.
+
+namespace {
+
+using realign::BadRows;
+using realign::kRowsPerBlock;
+using realign::Map;
+using realign::RowRange;
+
+constexpr double kUnits = double(int64_t(1) << realign::kFixedPointBits);
+
+// Squares of float32 values are exact enough between these, and neither overflow nor vanish.
+constexpr double kSmallestSquare = 1e-28, kLargestSquare = 1e30;
+// Below this dimension, and for norms below this, the fused float32 form loses digits.
+constexpr int64_t kSmallestFusedDim = 64;
+constexpr double kSmallestFusedNorm = 0.5;
+
+template <typename T>
+inline const T* row_at(const RowRange& rows, int64_t index) {
+  return reinterpret_cast<const T*>(rows.data + index * rows.stride);
+}
+
+template <typename T>
+inline F load_first(const T* x, int64_t count) {
+  T padded[W] = {};
+  __builtin_memcpy(padded, x, size_t(count) * sizeof(T));
+  return load(padded);
+}
+
+template <typename T>
+inline void store_first(T* out, int64_t count, F value) {
+  T padded[W];
+  store(padded, value);
+  __builtin_memcpy(out, padded, size_t(count) * sizeof(T));
+}
+
+inline double sum_of(F value) {
+  float lanes[W];
+  store(lanes, value);
+  double sum = 0;
+  for (int lane = 0; lane < W; ++lane) sum += double(lanes[lane]);
+  return sum;
+}
+
+// out[0] = x.x, out[k] = x.v[k-1]; the v are padded.
+template <int K, typename T>
+inline void dots(const T* x, const float* const* v, int64_t dim, double* out) {
+  F sums[2][K + 1];
+  for (int half = 0; half < 2; ++half)
+    for (int k = 0; k <= K; ++k) sums[half][k] = zero();
+  int64_t j = 0;
+  for (; j + 2 * W <= dim; j += 2 * W) {
+    for (int half = 0; half < 2; ++half) {
+      const int64_t at = j + half * W;
+      const F a = load(x + at);
+      sums[half][0] = fma(a, a, sums[half][0]);
+      for (int k = 0; k < K; ++k) sums[half][k + 1] = fma(a, load(v[k] + at), sums[half][k + 1]);
+    }
+  }
+  for (; j < dim; j += W) {
+    const F a = dim - j >= W ? load(x + j) : load_first(x + j, dim - j);
+    sums[0][0] = fma(a, a, sums[0][0]);
+    for (int k = 0; k < K; ++k) sums[0][k + 1] = fma(a, load(v[k] + j), sums[0][k + 1]);
+  }
+  for (int k = 0; k <= K; ++k) out[k] = sum_of(add(sums[0][k], sums[1][k]));
+}
+
+inline bool fits_float32(double square) { return square > kSmallestSquare && square < kLargestSquare; }
+
+// ---- The long way, in float64 -------------------------------------------------------------------------------------
+
+inline double to_double(double x) { return x; }
+inline double to_double(float x) { return double(x); }
+inline double to_double(Half x) {
+  const Half padded[W] = {x};
+  float lanes[W];
+  store(lanes, load(padded));
+  return double(lanes[0]);
+}
+inline double to_double(Bf16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return double(value);
+}
+
+inline void from_double(double x, double* out) { *out = x; }
+inline void from_double(double x, float* out) { *out = float(x); }
+template <typename T>
+inline void from_double(double x, T* out) {
+  store_first(out, 1, set1(float(x)));
+}
+
+// Eight sums side by side, so that the compiler may keep them in registers and the order is the same everywhere.
+inline double square_of(const double* x, int64_t dim) {
+  double sums[8] = {};
+  int64_t j = 0;
+  for (; j + 8 <= dim; j += 8)
+    for (int lane = 0; lane < 8; ++lane) sums[lane] += x[j + lane] * x[j + lane];
+  for (int lane = 0; j < dim; ++j, ++lane) sums[lane] += x[j] * x[j];
+  return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
+}
+
+inline void project(double* x, int64_t dim) {
+  const double square = square_of(x, dim);
+  if (square == 0) return;  // pi(0) = 0
+  const double factor = 1 / __builtin_sqrt(square);
+  for (int64_t j = 0; j < dim; ++j) x[j] *= factor;
+}
+
+enum RowKind { kGood, kZero, kNonfinite };
+
+// unit = pi(x), whatever the magnitude of x.
+template <typename T>
+inline RowKind unit_row(const T* x, int64_t dim, double* unit) {
+  double largest = 0;
+  bool finite = true;
+  for (int64_t j = 0; j < dim; ++j) {
+    T element;
+    __builtin_memcpy(&element, x + j, sizeof element);
+    unit[j] = to_double(element);
+    const double magnitude = __builtin_fabs(unit[j]);
+    finite &= magnitude <= 1.7976931348623157e308;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  if (!finite) return kNonfinite;
+  if (largest == 0) return kZero;
+  if (largest < 1e-140 || largest > 1e140) {
+    // Twice, since the reciprocal of a subnormal number overflows.
+    const double step = largest < 1 ? 0x1p500 : 0x1p-500;
+    for (int64_t j = 0; j < dim; ++j) unit[j] *= step;
+    largest *= step;
+    for (int64_t j = 0; j < dim; ++j) unit[j] /= largest;
+  }
+  project(unit, dim);
+  return kGood;
+}
+
+inline void map_unit_row(const Map& map, int64_t dim, double* row) {
+  for (int64_t j = 0; j < dim; ++j) row[j] = map.scale * row[j] + map.shift64[j];
+  project(row, dim);
+  for (int64_t j = 0; j < dim; ++j) row[j] += map.correction64[j];
+  project(row, dim);
+}
+
+inline void count_bad(RowKind kind, int64_t index, BadRows* bad) {
+  if (kind == kGood) return;
+  ++(kind == kZero ? bad->num_zero : bad->num_nonfinite);
+  if (bad->first < 0) bad->first = index;
+}
+
+inline void add_row(const double* row, int64_t dim, int64_t* sums) {
+  for (int64_t j = 0; j < dim; ++j) sums[j] += int64_t(__builtin_rint(row[j] * kUnits));
+}
+
+// ---- Moments ------------------------------------------------------------------------------------------------------
+
+inline uint64_t mix(uint64_t x) {
+  x ^= x >> 30;
+  x *= 0xbf58476d1ce4e5b9u;
+  x ^= x >> 27;
+  x *= 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
+inline uint64_t bits_of(double x) {
+  uint64_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline uint64_t key_of(double square, double projected) {
+  const uint64_t key = mix(bits_of(projected) + 0x9e3779b97f4a7c15u * mix(bits_of(square)));
+  return key ? key : 1;
+}
+
+// A block of rows that take the fused form, and how each is to be scaled to fixed point.
+template <typename T>
+struct Block {
+  const T* rows[kRowsPerBlock];
+  float row_factor[kRowsPerBlock], shift_factor[kRowsPerBlock], correction_factor[kRowsPerBlock];
+  int count = 0;
+};
+
+template <typename T>
+struct PlainRows {
+  static inline F value(const Block<T>& block, int k, F x, int64_t) { return mul(x, set1(block.row_factor[k])); }
+};
+
+template <typename T>
+struct MappedRows {
+  const Map& map;
+  inline F value(const Block<T>& block, int k, F x, int64_t j) const {
+    const F rest = fma(set1(block.shift_factor[k]), load(map.shift + j),
+                       mul(set1(block.correction_factor[k]), load(map.correction + j)));
+    return fma(set1(block.row_factor[k]), x, rest);
+  }
+};
+
+template <typename T, typename Rows>
+inline void add_columns(const Block<T>& block, const Rows& rows, int count, int64_t dim, int64_t* sums) {
+  int64_t j = 0;
+  for (; j + W <= dim; j += W) {
+    I sum = to_int32(rows.value(block, 0, load(block.rows[0] + j), j));
+    for (int k = 1; k < count; ++k) sum = add(sum, to_int32(rows.value(block, k, load(block.rows[k] + j), j)));
+    add_to_int64(sums + j, sum);
+  }
+  if (j < dim) {
+    int64_t last[W] = {};
+    for (int k = 0; k < count; ++k)
+      add_to_int64(last, to_int32(rows.value(block, k, load_first(block.rows[k] + j, dim - j), j)));
+    for (int64_t rest = j; rest < dim; ++rest) sums[rest] += last[rest - j];
+  }
+}
+
+template <typename T, typename Rows>
+inline void add_block(const Block<T>& block, const Rows& rows, int64_t dim, int64_t* sums) {
+  // A full block has a constant trip count, so that the loop over its rows unrolls.
+  if (block.count == kRowsPerBlock)
+    add_columns(block, rows, kRowsPerBlock, dim, sums);
+  else if (block.count > 0)
+    add_columns(block, rows, block.count, dim, sums);
+}
+
+inline double key_projection(const double* row, const float* projection, int64_t dim) {
+  double sum = 0;
+  for (int64_t j = 0; j < dim; ++j) sum += row[j] * double(projection[j]);
+  return sum;
+}
+
+template <typename T>
+void moments(const RowRange& rows, int64_t* sums, uint64_t* keys, const float* projection, double* scratch,
+             BadRows* bad) {
+  for (int64_t first = 0; first < rows.num_rows; first += kRowsPerBlock) {
+    const int64_t last = first + kRowsPerBlock < rows.num_rows ? first + kRowsPerBlock : rows.num_rows;
+    Block<T> block;
+    for (int64_t i = first; i < last; ++i) {
+      const T* x = row_at<T>(rows, i);
+      double products[2] = {};
+      if (keys)
+        dots<1>(x, &projection, rows.dim, products);
+      else
+        dots<0>(x, nullptr, rows.dim, products);
+      if (fits_float32(products[0])) {
+        block.rows[block.count] = x;
+        block.row_factor[block.count++] = float(kUnits / __builtin_sqrt(products[0]));
+        if (keys) keys[i] = key_of(products[0], products[1]);
+        continue;
+      }
+      const RowKind kind = unit_row(x, rows.dim, scratch);
+      count_bad(kind, i, bad);
+      if (kind == kGood) add_row(scratch, rows.dim, sums);
+      if (keys) keys[i] = kind == kGood ? key_of(0, key_projection(scratch, projection, rows.dim)) : 0;
+    }
+    add_block(block, PlainRows<T>(), rows.dim, sums);
+  }
+}
+
+template <>
+void moments<double>(const RowRange& rows, int64_t* sums, uint64_t* keys, const float* projection, double* scratch,
+                     BadRows* bad) {
+  for (int64_t i = 0; i < rows.num_rows; ++i) {
+    const RowKind kind = unit_row(row_at<double>(rows, i), rows.dim, scratch);
+    count_bad(kind, i, bad);
+    if (kind == kGood) add_row(scratch, rows.dim, sums);
+    if (keys) keys[i] = kind == kGood ? key_of(0, key_projection(scratch, projection, rows.dim)) : 0;
+  }
+}
+
+// ---- The fused map ------------------------------------------------------------------------------------------------
+
+struct Factors {
+  double row, shift, correction;
+};
+
+// The factors of row, shift and correction in the output; false where the row must go the long way.
+template <typename T>
+inline bool fused_factors(const T* x, const Map& map, int64_t dim, Factors* factors) {
+  double products[3];
+  const float* const vectors[2] = {map.shift, map.correction};
+  dots<2>(x, vectors, dim, products);
+  if (dim < kSmallestFusedDim || !fits_float32(products[0])) return false;
+  const double s = map.scale;
+  const double r = 1 / __builtin_sqrt(products[0]);
+  const double u_shift = r * products[1], u_correction = r * products[2];
+  const double norm1 = __builtin_sqrt(s * s + 2 * s * u_shift + map.shift_shift);
+  const double v_correction = (s * u_correction + map.shift_correction) / norm1;
+  const double norm2 = __builtin_sqrt(1 + 2 * v_correction + map.correction_correction);
+  if (!(norm1 >= kSmallestFusedNorm && norm2 >= kSmallestFusedNorm)) return false;
+  factors->row = s * r / (norm1 * norm2);
+  factors->shift = 1 / (norm1 * norm2);
+  factors->correction = 1 / norm2;
+  return true;
+}
+
+template <typename T>
+void transformed_moments(const RowRange& rows, const Map& map, int64_t* sums, double* scratch, BadRows* bad) {
+  for (int64_t first = 0; first < rows.num_rows; first += kRowsPerBlock) {
+    const int64_t last = first + kRowsPerBlock < rows.num_rows ? first + kRowsPerBlock : rows.num_rows;
+    Block<T> block;
+    for (int64_t i = first; i < last; ++i) {
+      const T* x = row_at<T>(rows, i);
+      Factors factors;
+      if (fused_factors(x, map, rows.dim, &factors)) {
+        block.rows[block.count] = x;
+        block.row_factor[block.count] = float(factors.row * kUnits);
+        block.shift_factor[block.count] = float(factors.shift * kUnits);
+        block.correction_factor[block.count++] = float(factors.correction * kUnits);
+        continue;
+      }
+      const RowKind kind = unit_row(x, rows.dim, scratch);
+      count_bad(kind, i, bad);
+      if (kind != kGood) continue;
+      map_unit_row(map, rows.dim, scratch);
+      add_row(scratch, rows.dim, sums);
+    }
+    add_block(block, MappedRows<T>{map}, rows.dim, sums);
+  }
+}
+
+template <>
+void transformed_moments<double>(const RowRange& rows, const Map& map, int64_t* sums, double* scratch, BadRows* bad) {
+  for (int64_t i = 0; i < rows.num_rows; ++i) {
+    const RowKind kind = unit_row(row_at<double>(rows, i), rows.dim, scratch);
+    count_bad(kind, i, bad);
+    if (kind != kGood) continue;
+    map_unit_row(map, rows.dim, scratch);
+    add_row(scratch, rows.dim, sums);
+  }
+}
+
+template <typename In, typename Out>
+inline void write_long(const RowRange& rows, const Map& map, int64_t i, Out* out, double* scratch, BadRows* bad) {
+  const RowKind kind = unit_row(row_at<In>(rows, i), rows.dim, scratch);
+  count_bad(kind, i, bad);
+  if (kind == kGood)
+    map_unit_row(map, rows.dim, scratch);
+  else
+    __builtin_memset(scratch, 0, size_t(rows.dim) * sizeof(double));
+  for (int64_t j = 0; j < rows.dim; ++j) {
+    Out element;
+    from_double(scratch[j], &element);
+    __builtin_memcpy(out + j, &element, sizeof element);
+  }
+}
+
+// out = row_factor x + shift_factor shift + correction_factor correction. `next` is the row that comes after: asking
+// for it here keeps the memory busy while this one is written.
+template <bool kStream, typename In, typename Out>
+inline void write_fused(const In* x, const Map& map, const Factors& factors, int64_t dim, Out* out, const In* next) {
+  const F row_factor = set1(float(factors.row));
+  const F shift_factor = set1(float(factors.shift));
+  const F correction_factor = set1(float(factors.correction));
+  const auto value = [&](F a, int64_t j) __attribute__((always_inline)) {
+    const F rest = fma(shift_factor, load(map.shift + j), mul(correction_factor, load(map.correction + j)));
+    return fma(row_factor, a, rest);
+  };
+  int64_t j = 0;
+  if (kStream) {
+    constexpr int64_t kAligned = W * int64_t(sizeof(Out));
+    const int64_t past = int64_t(reinterpret_cast<uintptr_t>(out) % uintptr_t(kAligned));
+    const int64_t head = past ? (kAligned - past) / int64_t(sizeof(Out)) : 0;
+    if (head) store_first(out, head, value(load_first(x, head), 0));
+    j = head;
+  }
+  for (; j + W <= dim; j += W) {
+    __builtin_prefetch(next + j);
+    const F y = value(load(x + j), j);
+    if (kStream)
+      stream(out + j, y);
+    else
+      store(out + j, y);
+  }
+  if (j < dim) store_first(out + j, dim - j, value(load_first(x + j, dim - j), j));
+}
+
+template <typename In, typename Out>
+void row_transform(const RowRange& rows, const Map& map, char* out_data, int64_t out_stride, bool nontemporal,
+                   double* scratch, BadRows* bad) {
+  for (int64_t i = 0; i < rows.num_rows; ++i) {
+    const In* x = row_at<In>(rows, i);
+    Out* out = reinterpret_cast<Out*>(out_data + i * out_stride);
+    Factors factors;
+    if (!fused_factors(x, map, rows.dim, &factors)) {
+      write_long<In>(rows, map, i, out, scratch, bad);
+      continue;
+    }
+    const In* next = i + 1 < rows.num_rows ? row_at<In>(rows, i + 1) : x;
+    // A stream needs whole elements up to the next aligned address.
+    if (nontemporal && reinterpret_cast<uintptr_t>(out) % sizeof(Out) == 0)
+      write_fused<true>(x, map, factors, rows.dim, out, next);
+    else
+      write_fused<false>(x, map, factors, rows.dim, out, next);
+  }
+  if (nontemporal) fence();
+}
+
+template <typename In, typename Out>
+void row_transform_long(const RowRange& rows, const Map& map, char* out_data, int64_t out_stride, bool, double* scratch,
+                        BadRows* bad) {
+  for (int64_t i = 0; i < rows.num_rows; ++i)
+    write_long<In>(rows, map, i, reinterpret_cast<Out*>(out_data + i * out_stride), scratch, bad);
+}
+
+// ---- Bad rows, and the machine's own speed --------------------------------------------------------------------------
+
+template <typename T>
+inline bool surely_good(const T* x, int64_t dim) {
+  double square;
+  dots<0>(x, nullptr, dim, &square);
+  return fits_float32(square);
+}
+inline bool surely_good(const double*, int64_t) { return false; }
+
+template <typename T>
+void find_bad_rows(const RowRange& rows, double* scratch, BadRows* bad) {
+  for (int64_t i = 0; i < rows.num_rows; ++i) {
+    const T* x = row_at<T>(rows, i);
+    if (!surely_good(x, rows.dim)) count_bad(unit_row(x, rows.dim, scratch), i, bad);
+  }
+}
+
+uint64_t stream_read(const char* data, int64_t size) {
+  I sums[4] = {to_int32(zero()), to_int32(zero()), to_int32(zero()), to_int32(zero())};
+  constexpr int64_t kStep = int64_t(sizeof(I));
+  int64_t at = 0;
+  for (; at + 4 * kStep <= size; at += 4 * kStep)
+    for (int k = 0; k < 4; ++k) sums[k] = add(sums[k], load_int32(data + at + k * kStep));
+  int64_t lanes[W] = {};
+  for (int k = 0; k < 4; ++k) add_to_int64(lanes, sums[k]);
+  uint64_t sum = 0;
+  for (int lane = 0; lane < W; ++lane) sum += uint64_t(lanes[lane]);
+  for (; at < size; ++at) sum += uint64_t(data[at]);
+  return sum;
+}
+
+void stream_copy(const char* source, char* target, int64_t size, bool nontemporal) {
+  constexpr int64_t kStep = W * int64_t(sizeof(float));
+  int64_t at = 0;
+  if (nontemporal && reinterpret_cast<uintptr_t>(target) % uintptr_t(kStep) == 0) {
+    for (; at + kStep <= size; at += kStep)
+      stream(reinterpret_cast<float*>(target + at), load(reinterpret_cast<const float*>(source + at)));
+    fence();
+  }
+  __builtin_memcpy(target + at, source + at, size_t(size - at));
+}
+
+// clang-format off
+#define REALIGN_TABLE(NAME)                                                                                          \
+  {NAME,                                                                                                             \
+   {moments<Half>, moments<Bf16>, moments<float>, moments<double>},                                                  \
+   {transformed_moments<Half>, transformed_moments<Bf16>, transformed_moments<float>, transformed_moments<double>},  \
+   {{row_transform<Half, Half>, row_transform<Half, Bf16>, row_transform<Half, float>, row_transform_long<Half, double>},         \
+    {row_transform<Bf16, Half>, row_transform<Bf16, Bf16>, row_transform<Bf16, float>, row_transform_long<Bf16, double>},         \
+    {row_transform<float, Half>, row_transform<float, Bf16>, row_transform<float, float>, row_transform_long<float, double>},     \
+    {row_transform_long<double, Half>, row_transform_long<double, Bf16>, row_transform_long<double, float>, row_transform_long<double, double>}}, \
+   {find_bad_rows<Half>, find_bad_rows<Bf16>, find_bad_rows<float>, find_bad_rows<double>},                          \
+   stream_read,                                                                                                      \
+   stream_copy}
+// clang-format on
+
+}  // namespace
