@@ -4,9 +4,10 @@ import pickle
 
 import numpy as np
 import pytest
-import realign_fast as rf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import realign_fast as rf
 from realign_fast import _files
 
 DIM = 67  # no multiple of any vector length

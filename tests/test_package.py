@@ -10,6 +10,7 @@ from importlib.metadata import files, version
 from pathlib import Path
 
 import pytest
+
 import realign_fast
 
 ROOT = Path(__file__).parents[1]

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from realign_fast import _sample
 from realign_fast._dtypes import Rows
 from realign_fast._sample import Sample
