@@ -45,7 +45,7 @@ class ParquetShard:
         check_shape(path, self.num_rows, self.dim or 1)
 
     def chunks(self, blocks: Blocks, *, columns: bool = False) -> Iterator[Chunk]:
-        """Read the rows, with all columns in a RecordBatch if `columns`."""
+        """Read the rows, with the other columns in a RecordBatch if `columns`."""
         if self.num_rows == 0:
             return
         step = blocks.num_rows(self.dim * storage(self.dtype).itemsize)
@@ -54,9 +54,7 @@ class ParquetShard:
             names = None if columns else [self.column]
             for batch in file.iter_batches(step, columns=names, use_threads=False):
                 values = _values(self.path, batch.column(self.column), self.dim, start)
-                if columns:
-                    batch.validate(full=True)
-                yield Chunk(Rows(values, self.dtype), start, batch if columns else None)
+                yield Chunk(Rows(values, self.dtype), start, _others(batch, self.column) if columns else None)
                 start += len(values)
         if start != self.num_rows:
             raise ValueError(f"{self.path}: expected {self.num_rows} rows by its footer, found {start}")
@@ -97,16 +95,15 @@ class ArrowShard:
         check_shape(path, self.num_rows, self.dim or 1)
 
     def chunks(self, blocks: Blocks, *, columns: bool = False) -> Iterator[Chunk]:
-        """Read the rows, with all columns in a RecordBatch if `columns`."""
+        """Read the rows, with the other columns in a RecordBatch if `columns`."""
         start = 0
         with self._open() as (schema, mapped, batches):
             for batch in batches(None if columns else [schema.get_field_index(self.column)]):
-                if columns:
-                    batch.validate(full=True)
+                others = _others(batch, self.column) if columns else None
                 values = _values(self.path, batch.column(self.column), self.dim, start)
                 for chunk in self._batch_chunks(values, mapped, blocks):
-                    others = batch.slice(chunk.start, len(chunk.rows.values)) if columns else None
-                    yield Chunk(chunk.rows, start + chunk.start, others)
+                    part = None if others is None else others.slice(chunk.start, len(chunk.rows.values))
+                    yield Chunk(chunk.rows, start + chunk.start, part)
                 start += len(values)
 
     def _batch_chunks(self, values: NDArray[Any], mapped: Any, blocks: Blocks) -> Iterator[Chunk]:
@@ -170,6 +167,13 @@ def _embedding_type(pa: Any, path: Path, schema: Any, column: str) -> tuple[str,
         dim = found.list_size
         check_shape(path, 0, dim)
     return _DTYPES[str(found.value_type)], dim
+
+
+def _others(batch: Any, column: str) -> Any:
+    """Return the columns beside the embeddings, None where there are none."""
+    others = batch.select([i for i, name in enumerate(batch.schema.names) if name != column])
+    others.validate(full=True)
+    return others if others.num_columns else None
 
 
 def _first_length(path: Path, array: Any) -> int:

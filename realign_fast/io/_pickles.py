@@ -43,42 +43,61 @@ class PickleShard:
         with path.open("rb"):
             pass  # a missing or unreadable file is an error now
 
+    def load(self) -> LoadedPickle:
+        """Read the file."""
+        return LoadedPickle(self.path, self._column)
+
     def chunks(self, blocks: Blocks, *, columns: bool = False) -> Iterator[Chunk]:
         """Read the rows, with their dicts if `columns`."""
-        dicts = load_pickle(self.path)
-        if not dicts:
+        yield from self.load().chunks(blocks, columns=columns)
+
+
+class LoadedPickle:
+    """A pickle in memory: its dicts, and which of their keys is the embedding (empty where there are no dicts)."""
+
+    def __init__(self, path: Path, column: str | None) -> None:
+        self.path = path
+        self.dicts = load_pickle(path)
+        self.num_rows = len(self.dicts)
+        self.column, self.dim, self.dtype = "", 0, ""
+        if self.dicts:
+            self.column = self._choose(column)
+            first = self._embedding(0)
+            self.dim, self.dtype = len(first), dtype_name(first.dtype)
+            check_shape(path, self.num_rows, self.dim)
+
+    def chunks(self, blocks: Blocks, *, columns: bool = False) -> Iterator[Chunk]:
+        """Copy out the rows, with their dicts if `columns`."""
+        if not self.dicts:
             return
-        column = self.choose_column(dicts)
-        first = self._embedding(dicts, 0, column)
-        dim, dtype = len(first), dtype_name(first.dtype)
-        check_shape(self.path, len(dicts), dim)
-        step = blocks.num_rows(dim * first.itemsize)
-        for start in range(0, len(dicts), step):
-            part = dicts[start : start + step]
-            values = blocks.take(len(part), dim, np.dtype(dtype))
+        dtype = np.dtype(self.dtype)
+        step = blocks.num_rows(self.dim * dtype.itemsize)
+        for start in range(0, self.num_rows, step):
+            part = self.dicts[start : start + step]
+            values = blocks.take(len(part), self.dim, dtype)
             for i in range(len(part)):
-                row = self._embedding(dicts, start + i, column)
-                if len(row) != dim or row.dtype.name != dtype:
+                row = self._embedding(start + i)
+                if len(row) != self.dim or row.dtype.name != self.dtype:
                     raise ValueError(
                         f"{self.path}: row {start + i} has dimension {len(row)} and dtype {row.dtype}, "
-                        f"expected {dim} and {dtype} as in row 0"
+                        f"expected {self.dim} and {self.dtype} as in row 0"
                     )
                 values[i] = row
-            yield Chunk(Rows(values, dtype), start, part if columns else None)
+            yield Chunk(Rows(values, self.dtype), start, part if columns else None)
 
-    def choose_column(self, dicts: list[dict[str, Any]]) -> str:
-        """Return the key of the embeddings."""
-        for name in _COLUMNS if self._column is None else (self._column,):
-            if name in dicts[0]:
+    def _choose(self, column: str | None) -> str:
+        for name in _COLUMNS if column is None else (column,):
+            if name in self.dicts[0]:
                 return name
-        expected = self._column or " or ".join(_COLUMNS)
-        raise ValueError(f"{self.path}: row 0 has no {expected!r}; its keys are {list(dicts[0])}")
+        expected = column or " or ".join(_COLUMNS)
+        raise ValueError(f"{self.path}: row 0 has no {expected!r}; its keys are {list(self.dicts[0])}")
 
-    def _embedding(self, dicts: list[dict[str, Any]], row: int, column: str) -> NDArray[Any]:
+    def _embedding(self, row: int) -> NDArray[Any]:
         try:
-            value = dicts[row][column]
+            value = self.dicts[row][self.column]
         except KeyError:
-            raise ValueError(f"{self.path}: row {row} has no {column!r}; its keys are {list(dicts[row])}") from None
+            keys = list(self.dicts[row])
+            raise ValueError(f"{self.path}: row {row} has no {self.column!r}; its keys are {keys}") from None
         if type(value) is list:
             inner = value[0] if len(value) == 1 and type(value[0]) is list else value
             if all(isinstance(element, float | int | np.floating) for element in inner):

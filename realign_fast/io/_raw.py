@@ -20,7 +20,7 @@ MAX_DIM = 1 << 24
 class Chunk(NamedTuple):
     """Rows of one file from row `start` on, and what else the file holds of them.
 
-    `columns` depends on the format: a pyarrow RecordBatch, a list of dicts, or None.
+    `columns` depends on the format: a pyarrow RecordBatch without the embeddings, a list of dicts with them, or None.
     """
 
     rows: Rows

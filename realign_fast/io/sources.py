@@ -23,7 +23,7 @@ from .formats import FORMATS, format_of, open_shard
 
 # Three blocks are in flight: one in the kernel and two ahead. Together they stay inside the last-level cache, so that a
 # kernel finds in it what the reader has just copied there.
-BATCH_BYTES = 4 << 20
+BATCH_BYTES = 2 << 20
 _DEPTH = 3
 MANIFEST = "realign-manifest.json"
 # Holds what a file of the same stem could not: see io.writer.
