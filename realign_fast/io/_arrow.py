@@ -1,0 +1,209 @@
+"""Parquet and Arrow IPC files, through pyarrow; rows are lists, large lists or fixed-size lists of floats."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._dtypes import Rows, storage
+from ._raw import Blocks, Chunk, Layout, check_shape, read_layout
+
+DEFAULT_COLUMN = "embedding"
+_DTYPES = {"halffloat": "float16", "float": "float32", "double": "float64"}
+_BUFFER_BYTES = 1 << 20
+
+
+def import_pyarrow(path: Path) -> Any:
+    """Return pyarrow; ImportError in one line where it is missing."""
+    try:
+        import pyarrow
+    except ImportError:
+        raise ImportError(f"{path}: reading it needs pyarrow: pip install 'realign-fast[files]'") from None
+    return pyarrow
+
+
+class ParquetShard:
+    """One `.parquet` file, decoded a batch at a time however large its row groups are."""
+
+    def __init__(self, path: Path, column: str | None) -> None:
+        self.path = path
+        self._pa = import_pyarrow(path)
+        with self._open() as file:
+            self.schema = file.schema_arrow
+            self.num_rows = file.metadata.num_rows
+            self.column = column or DEFAULT_COLUMN
+            self.dtype, self.dim = _embedding_type(self._pa, path, self.schema, self.column)
+            if self.dim == 0 and self.num_rows:
+                first = next(file.iter_batches(1, columns=[self.column], use_threads=False), None)
+                self.dim = 0 if first is None else _first_length(path, first.column(0))
+        check_shape(path, self.num_rows, self.dim or 1)
+
+    def chunks(self, blocks: Blocks, *, columns: bool = False) -> Iterator[Chunk]:
+        """Read the rows, with the other columns in a RecordBatch if `columns`."""
+        if self.num_rows == 0:
+            return
+        step = blocks.num_rows(self.dim * storage(self.dtype).itemsize)
+        start = 0
+        with self._open() as file:
+            names = None if columns else [self.column]
+            for batch in file.iter_batches(step, columns=names, use_threads=False):
+                values = _values(self.path, batch.column(self.column), self.dim, start)
+                yield Chunk(Rows(values, self.dtype), start, _others(batch, self.column) if columns else None)
+                start += len(values)
+        if start != self.num_rows:
+            raise ValueError(f"{self.path}: expected {self.num_rows} rows by its footer, found {start}")
+
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        from pyarrow import parquet
+
+        # A buffered stream without pre-buffering reads pages, not whole column chunks.
+        options = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False}
+        with arrow_errors(self._pa, self.path), parquet.ParquetFile(self.path, **options) as file:
+            yield file
+
+
+class ArrowShard:
+    """One Arrow IPC file (`.arrow`), in the file or the stream format.
+
+    It is mapped, since only so does pyarrow tell where the values of a record batch lie, and a batch may be as large as
+    the file. Uncompressed values are then read from the file like any raw rows: their pages are never mapped in.
+    """
+
+    def __init__(self, path: Path, column: str | None) -> None:
+        self.path = path
+        self._pa = import_pyarrow(path)
+        with path.open("rb") as file:
+            self.is_stream = file.read(6) != b"ARROW1"
+        if path.stat().st_size == 0:
+            raise ValueError(f"{path} is empty, expected an Arrow IPC file or stream")
+        self.column = column or DEFAULT_COLUMN
+        self.num_rows = 0
+        with self._open() as (schema, _, batches):
+            self.schema = schema
+            self.dtype, self.dim = _embedding_type(self._pa, path, schema, self.column)
+            for batch in batches([schema.get_field_index(self.column)]):
+                if self.dim == 0 and batch.num_rows:
+                    self.dim = _first_length(path, batch.column(0))
+                self.num_rows += batch.num_rows
+        check_shape(path, self.num_rows, self.dim or 1)
+
+    def chunks(self, blocks: Blocks, *, columns: bool = False) -> Iterator[Chunk]:
+        """Read the rows, with the other columns in a RecordBatch if `columns`."""
+        start = 0
+        with self._open() as (schema, mapped, batches):
+            for batch in batches(None if columns else [schema.get_field_index(self.column)]):
+                others = _others(batch, self.column) if columns else None
+                values = _values(self.path, batch.column(self.column), self.dim, start)
+                for chunk in self._batch_chunks(values, mapped, blocks):
+                    part = None if others is None else others.slice(chunk.start, len(chunk.rows.values))
+                    yield Chunk(chunk.rows, start + chunk.start, part)
+                start += len(values)
+
+    def _batch_chunks(self, values: NDArray[Any], mapped: Any, blocks: Blocks) -> Iterator[Chunk]:
+        address, length = mapped
+        offset = values.ctypes.data - address
+        if 0 <= offset <= length - values.nbytes:
+            yield from read_layout(self.path, Layout(offset, len(values), self.dim, self.dtype), blocks)
+        else:  # decompressed: they lie in memory already
+            step = blocks.num_rows(values.itemsize * self.dim)
+            for start in range(0, len(values), step):
+                yield Chunk(Rows(values[start : start + step], self.dtype), start)
+
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        from pyarrow import ipc
+
+        with arrow_errors(self._pa, self.path), self._pa.memory_map(os.fspath(self.path)) as file:
+
+            def batches(fields: list[int] | None) -> Iterator[Any]:
+                options = ipc.IpcReadOptions(included_fields=fields, use_threads=False)
+                file.seek(0)
+                if self.is_stream:
+                    yield from ipc.open_stream(file, options=options)
+                else:
+                    reader = ipc.open_file(file, options=options)
+                    for index in range(reader.num_record_batches):
+                        yield reader.get_batch(index)
+
+            begin = file.read_buffer(1).address
+            file.seek(0)
+            schema = ipc.open_stream(file).schema if self.is_stream else ipc.open_file(file).schema
+            yield schema, (begin, file.size()), batches
+
+
+@contextmanager
+def arrow_errors(pa: Any, path: Path) -> Iterator[None]:
+    """Raise pyarrow's errors as ValueError that names the file."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, MemoryError, OverflowError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path} is damaged or in an unknown format: {first_line}") from error
+
+
+def _embedding_type(pa: Any, path: Path, schema: Any, column: str) -> tuple[str, int]:
+    """Return the dtype of the embeddings, and their dimension where the type states it, else 0."""
+    count = schema.names.count(column)
+    if count != 1:
+        raise ValueError(f"{path}: {'no' if count == 0 else count} columns {column!r}; it has {schema.names}")
+    found = schema.field(column).type
+    is_list = pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found)
+    if not is_list or str(found.value_type) not in _DTYPES:
+        hint = ": dequantise it first" if is_list and pa.types.is_integer(found.value_type) else ""
+        raise ValueError(f"{path}: column {column!r} must hold lists of float16, float32 or float64, got {found}{hint}")
+    dim = 0
+    if pa.types.is_fixed_size_list(found):
+        dim = found.list_size
+        check_shape(path, 0, dim)
+    return _DTYPES[str(found.value_type)], dim
+
+
+def _others(batch: Any, column: str) -> Any:
+    """Return the columns beside the embeddings, None where there are none."""
+    others = batch.select([i for i, name in enumerate(batch.schema.names) if name != column])
+    others.validate(full=True)
+    return others if others.num_columns else None
+
+
+def _first_length(path: Path, array: Any) -> int:
+    array.validate(full=True)
+    if array.is_null()[0].as_py():
+        raise ValueError(f"{path}: row 0 is null, expected a list of numbers")
+    length = len(array[0])
+    check_shape(path, 1, length)
+    return length
+
+
+def _values(path: Path, array: Any, dim: int, start: int) -> NDArray[Any]:
+    """Return the lists of `array`, the first of which is row `start`, as `(n, dim)` without copying."""
+    array.validate(full=True)
+    if array.null_count:
+        row = start + int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
+        raise ValueError(f"{path}: row {row} is null, expected {dim} numbers")
+    if hasattr(array, "offsets"):
+        offsets = array.offsets.to_numpy()
+        lengths = np.diff(offsets)
+        ragged = np.flatnonzero(lengths != dim)
+        if ragged.size:
+            raise ValueError(
+                f"{path}: row {start + int(ragged[0])} has {lengths[ragged[0]]} elements, expected {dim} as in row 0"
+            )
+        flat = array.values.slice(offsets[0], len(array) * dim)
+    else:
+        flat = array.flatten()
+    if flat.null_count:
+        place = int(np.flatnonzero(flat.is_null().to_numpy(zero_copy_only=False))[0])
+        raise ValueError(f"{path}: row {start + place // dim} holds a null, expected {dim} numbers")
+    values: NDArray[Any] = flat.to_numpy(zero_copy_only=True)
+    return values.reshape(len(array), dim)

@@ -1,0 +1,355 @@
+"""Whatever a caller hands in, seen as batches of rows and where each came from."""
+
+from __future__ import annotations
+
+import glob
+import math
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .._dtypes import Rows, storage
+from .._rows import as_rows, dtype_name, is_tensor
+from ._fingerprint import combined, fingerprint
+from ._prefetch import prefetch
+from ._raw import Blocks
+from .formats import FORMATS, format_of, open_shard
+
+# Three blocks are in flight: one in the kernel and two ahead. Together they stay inside the last-level cache, so that a
+# kernel finds in it what the reader has just copied there.
+BATCH_BYTES = 2 << 20
+_DEPTH = 3
+MANIFEST = "realign-manifest.json"
+# Holds what a file of the same stem could not: see io.writer.
+SIDECAR = ".columns"
+
+
+class Batch(NamedTuple):
+    """Rows of a source. Their memory is reused: they are valid until the next batch is asked for.
+
+    Attributes
+    ----------
+    rows : Rows
+    origin : str
+        Path of the file, or the source's name for arrays and batches in memory.
+    start : int
+        Index of `rows[0]` within `origin`.
+    """
+
+    rows: Rows
+    origin: str
+    start: int
+
+
+class Source(ABC):
+    """A set of embeddings that is read in batches.
+
+    Attributes
+    ----------
+    name : str
+        What errors call it, such as "text".
+    dim : int
+    dtype : str
+        One of `DTYPES`.
+    num_rows : int or None
+        None where only reading tells.
+    reiterable : bool
+        Whether `batches` can be called more than once.
+    """
+
+    name: str
+    dim: int
+    dtype: str
+    num_rows: int | None
+    reiterable: bool = True
+
+    @abstractmethod
+    def batches(self, limit: int | None = None) -> Iterator[Batch]:
+        """Yield all rows in order, or the first `limit`; empty batches are left out.
+
+        Raises
+        ------
+        ValueError
+            If a file is damaged, or a batch has another dimension or dtype than the first.
+        """
+
+    def fingerprint(self) -> str | None:
+        """Return a hash of the files' sizes, times, headers and sampled blocks; None for data in memory."""
+        return None
+
+    def __repr__(self) -> str:
+        rows = "?" if self.num_rows is None else self.num_rows
+        return f"{type(self).__name__}({self.name!r}, {rows} x {self.dim} {self.dtype})"
+
+
+def open_source(
+    data: object,
+    *,
+    name: str,
+    key: str | None = None,
+    column: str | None = None,
+    batch_bytes: int = BATCH_BYTES,
+) -> Source:
+    """Return a source of the rows in `data`.
+
+    Parameters
+    ----------
+    data
+        An array or tensor `(..., dim)` of float16, bfloat16, float32 or float64; a path, glob or directory, or a list
+        of such; or an iterable of batches, each an array, a tensor or a dict that holds one under `key`.
+    name
+        What errors call it.
+    key
+        Where the embeddings lie in dict batches.
+    column
+        Which column of a table, tensor of a safetensors file or key of a pickle holds the embeddings: by default
+        "embedding", in pickles also "embed", in safetensors also the only 2-D float tensor.
+    batch_bytes
+        About how large a batch is.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a path, or any match of a glob, is missing, or a directory is empty.
+    TypeError
+        If `data` is none of these, or of another dtype.
+    ValueError
+        If a file is damaged, shapes or dtypes differ, or there is nothing to read.
+    """
+    if batch_bytes < 1:
+        raise ValueError(f"batch_bytes must be at least 1, got {batch_bytes}")
+    if isinstance(data, np.ndarray) or is_tensor(data):
+        return _ArraySource(data, name, batch_bytes)
+    if _is_path(data) or (isinstance(data, list | tuple) and data and all(_is_path(item) for item in data)):
+        return _FileSource(file_paths(data), name, column, batch_bytes)
+    if isinstance(data, list | tuple):
+        if not data:
+            raise ValueError(f"{name} is an empty {type(data).__name__}: expected paths or batches")
+        if not all(isinstance(item, np.ndarray | Mapping) or is_tensor(item) for item in data):
+            raise TypeError(f"{name} is a {type(data).__name__} of numbers or rows: pass numpy.asarray({name})")
+    if isinstance(data, Iterable) and not isinstance(data, bytes | bytearray | Mapping):
+        return _IterableSource(data, name, key, batch_bytes)
+    expected = "an array, a tensor, a path, a list of paths or an iterable of batches"
+    raise TypeError(f"{name} must be {expected}, got {type(data).__name__}")
+
+
+def _is_path(data: object) -> bool:
+    return isinstance(data, str | os.PathLike)
+
+
+def check_array(x: Any, name: str) -> Any:
+    """Return `x`, an array or tensor, if it can be rows of shape `(..., dim)`; raise as `open_source` does if not."""
+    dtype_name(x.dtype, name=f"{name}.dtype")
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array: fill it first")
+    if x.ndim < 2 or x.shape[-1] == 0:
+        raise ValueError(f"{name} must have shape (..., dim) with at least two axes, got {tuple(x.shape)}")
+    return x
+
+
+def _blocks_of(x: Any, num_rows: int) -> Iterator[Any]:
+    """Cut `x` `(..., dim)` along its first axes into parts of at most `num_rows` rows: only parts get copied."""
+    inner = math.prod(x.shape[1:-1])
+    if inner > num_rows:
+        for part in x:
+            yield from _blocks_of(part, num_rows)
+    elif inner:
+        step = num_rows // inner
+        for start in range(0, len(x), step):
+            yield x[start : start + step]
+
+
+def _rows_of(x: Any, name: str, dim: int, batch_bytes: int) -> Iterator[Rows]:
+    row_bytes = dim * storage(dtype_name(x.dtype)).itemsize
+    for part in _blocks_of(x, max(1, batch_bytes // row_bytes)):
+        yield as_rows(part, name=name, dim=dim)
+
+
+class _ArraySource(Source):
+    def __init__(self, x: Any, name: str, batch_bytes: int) -> None:
+        check_array(x, name)
+        as_rows(x[:0], name=name)  # what else a tensor can have against it
+        self.name = name
+        self.dim = int(x.shape[-1])
+        self.dtype = dtype_name(x.dtype)
+        self.num_rows = math.prod(x.shape[:-1])
+        self._x = x
+        self._batch_bytes = batch_bytes
+
+    def batches(self, limit: int | None = None) -> Iterator[Batch]:
+        start = 0
+        for rows in _rows_of(self._x, self.name, self.dim, self._batch_bytes):
+            rows = _first(rows, limit, start)
+            if not len(rows.values):
+                return
+            yield Batch(rows, self.name, start)
+            start += len(rows.values)
+
+
+class _IterableSource(Source):
+    num_rows = None
+
+    def __init__(self, data: Iterable[object], name: str, key: str | None, batch_bytes: int) -> None:
+        self.name = name
+        self._data = data
+        self._key = key
+        self._batch_bytes = batch_bytes
+        iterator = iter(data)
+        self.reiterable = iterator is not data
+        try:
+            first = next(iterator)
+        except StopIteration:
+            raise ValueError(f"{name} yields no batch") from None
+        x = self._array(first, 0)
+        self.dim = int(x.shape[-1])
+        self.dtype = dtype_name(x.dtype)
+        # The batch looked at is not asked for twice.
+        self._begun: Iterator[object] | None = chain([first], iterator)
+
+    def _array(self, item: object, index: int) -> Any:
+        name = f"batch {index} of {self.name}"
+        if isinstance(item, Mapping):
+            if self._key is None or self._key not in item:
+                wanted = "pass key=" if self._key is None else f"no {self._key!r}"
+                raise ValueError(f"{name} is a dict: {wanted}; its keys are {list(item)}")
+            item = item[self._key]
+        if not isinstance(item, np.ndarray) and not is_tensor(item):
+            raise TypeError(f"{name} must be an array, a tensor or a dict of such, got {type(item).__name__}")
+        return check_array(item, name)
+
+    def batches(self, limit: int | None = None) -> Iterator[Batch]:
+        items, self._begun = self._begun, None
+        if items is None:
+            if not self.reiterable:
+                raise ValueError(
+                    f"{self.name} is a generator or iterator, which can be read once: "
+                    "pass an array, paths, or an object whose __iter__ begins anew"
+                )
+            items = iter(self._data)
+        return self._batches(items, limit)
+
+    def _batches(self, items: Iterator[object], limit: int | None) -> Iterator[Batch]:
+        start = 0
+        for index, item in enumerate(items):
+            x = self._array(item, index)
+            if x.shape[-1] != self.dim or dtype_name(x.dtype) != self.dtype:
+                raise ValueError(
+                    f"batch {index} of {self.name} has dimension {x.shape[-1]} and dtype {dtype_name(x.dtype)}, "
+                    f"batch 0 has {self.dim} and {self.dtype}"
+                )
+            for rows in _rows_of(x, f"batch {index} of {self.name}", self.dim, self._batch_bytes):
+                rows = _first(rows, limit, start)
+                if not len(rows.values):
+                    if limit is not None and start >= limit:
+                        return
+                    continue
+                yield Batch(rows, self.name, start)
+                start += len(rows.values)
+
+
+class _FileSource(Source):
+    def __init__(self, paths: list[Path], name: str, column: str | None, batch_bytes: int) -> None:
+        self.name = name
+        self._paths = paths
+        self._shards = [open_shard(path, column) for path in paths]
+        self._batch_bytes = batch_bytes
+        counts = [shard.num_rows for shard in self._shards]
+        self.num_rows = None if None in counts else sum(count or 0 for count in counts)
+        self.dim, self.dtype, self._first = 0, "", paths[0]
+        for shard in self._shards:
+            self._check(shard.path, shard.dim, shard.dtype)
+        if self.dim == 0:
+            for batch in self.batches(limit=1):
+                self._check(Path(batch.origin), batch.rows.values.shape[1], batch.rows.dtype)
+        if self.dim == 0:
+            raise ValueError(f"{name}: {paths[0]}{' and the other files' if len(paths) > 1 else ''} hold no rows")
+
+    def _check(self, path: Path, dim: int, dtype: str) -> None:
+        if dim == 0:
+            return
+        if self.dim == 0:
+            self.dim, self.dtype, self._first = dim, dtype, path
+        elif (dim, dtype) != (self.dim, self.dtype):
+            raise ValueError(
+                f"{path} has dimension {dim} and dtype {dtype}, {self._first} has {self.dim} and {self.dtype}"
+            )
+
+    def batches(self, limit: int | None = None) -> Iterator[Batch]:
+        return prefetch(self._batches(limit), _DEPTH)
+
+    def _batches(self, limit: int | None) -> Generator[Batch, None, None]:
+        blocks = Blocks(self._batch_bytes, _DEPTH)
+        total = 0
+        for shard in self._shards:
+            for chunk in shard.chunks(blocks):
+                rows = _first(chunk.rows, limit, total)
+                if not len(rows.values):
+                    return
+                self._check(shard.path, rows.values.shape[1], rows.dtype)
+                total += len(rows.values)
+                yield Batch(rows, str(shard.path), chunk.start)
+
+    def fingerprint(self) -> str | None:
+        return combined([fingerprint(path) for path in self._paths])
+
+
+def _first(rows: Rows, limit: int | None, done: int) -> Rows:
+    return rows if limit is None else Rows(rows.values[: max(0, limit - done)], rows.dtype)
+
+
+def file_paths(data: Any) -> list[Path]:
+    """Return the files that a path, a glob, a directory or a list of such stands for.
+
+    The contents of a directory and the matches of a glob come in natural order (`a_2` before `a_10`), without hidden
+    files, manifests and, where some have a known suffix, files without.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a path is missing, a directory is empty, or a glob matches nothing.
+    ValueError
+        If a path is a URL, or a directory holds only files of unknown suffix.
+    """
+    if isinstance(data, list | tuple):
+        return [path for item in data for path in file_paths(item)]
+    text = os.fspath(data)
+    if not isinstance(text, str):
+        raise TypeError(f"a path must be text, got {text!r}")
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", text):
+        raise ValueError(f"{text}: remote stores are not read by this version: copy the files to a local folder first")
+    path = Path(text)
+    if path.is_dir():
+        return _shards_among(path.iterdir(), path)
+    if path.exists():
+        return [path]
+    if glob.has_magic(text):
+        return _shards_among(map(Path, glob.iglob(text, recursive=True)), path)
+    raise FileNotFoundError(f"{text} does not exist")
+
+
+def _shards_among(candidates: Iterable[Path], where: Path) -> list[Path]:
+    files = [path for path in candidates if not path.name.startswith(".") and path.name != MANIFEST and path.is_file()]
+    if not files:
+        raise FileNotFoundError(f"{where} holds or matches no files")
+    names = {path.parent / path.stem for path in files}
+    known = [path for path in files if format_of(path) and not _is_sidecar(path, names)]
+    if not known:
+        raise ValueError(
+            f"{where} holds no file of a known suffix ({', '.join(FORMATS)}), for instance {files[0].name}"
+        )
+    return sorted(known, key=_natural)
+
+
+def _is_sidecar(path: Path, stems: set[Path]) -> bool:
+    return path.stem.endswith(SIDECAR) and path.parent / path.stem.removesuffix(SIDECAR) in stems
+
+
+def _natural(path: Path) -> tuple[list[tuple[int, int | str]], str]:
+    parts = re.split(r"([0-9]+)", str(path))
+    return [(0, int(part)) if i % 2 else (1, part) for i, part in enumerate(parts)], str(path)

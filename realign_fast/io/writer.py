@@ -1,0 +1,550 @@
+"""Rewrite files of embeddings: each output whole or absent, and a killed job goes on where it ended."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import _C
+from .._dtypes import Rows, storage, to_float64
+from .._errors import BadRowsError
+from .._rows import dtype_name
+from . import _manifest
+from ._encoders import Encoder, open_encoders, read
+from ._fingerprint import fingerprint
+from ._manifest import Entry, Journal, Manifest
+from ._pickles import PickleShard
+from ._prefetch import prefetch
+from ._raw import Blocks, Chunk
+from ._sink import Sink
+from .formats import FORMATS, Shard, format_of, open_shard
+from .sources import BATCH_BYTES, MANIFEST, SIDECAR, file_paths
+
+Transform = Callable[[Rows, Rows], tuple[int, int, int]]
+
+_DEPTH = 3  # blocks in flight on either side of the transform
+_MAX_UNSYNCED_FILES = 4
+_NORM_TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-5, "float64": 1e-5}
+_SUFFIXES = {"npy": ".npy", "safetensors": ".safetensors", "parquet": ".parquet", "arrow": ".arrow", "pickle": ".pkl"}
+
+
+def rewrite(
+    paths: list[Path],
+    out_dir: str | os.PathLike[str],
+    *,
+    transform: Transform,
+    column: str | None = None,
+    id_column: str = "id",
+    dtype: str | None = None,
+    format: str = "same",  # noqa: A002 (the name of the command's flag)
+    job: dict[str, Any],
+    unit_norm: bool = True,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Put the rows of every file through `transform` and write them under the same names into `out_dir`.
+
+    Row order, ids, other columns, other tensors and metadata are kept. What a format cannot hold goes beside the file,
+    as the rest of the input in the input's format: `NAME.columns.SUFFIX` for tables and pickles that become npy or
+    safetensors, and for other tensors of safetensors. Readers of folders know such files and leave them out.
+
+    In pickles ids lie under "id" and embeddings under "embed" (rows without ids get their number); in tables under
+    `id_column` and `column`. Files that stay in their format keep their names. Lists in pickles become arrays.
+
+    Parameters
+    ----------
+    paths
+        Input files, of one dimension and dtype.
+    out_dir
+        Made if missing. Neither the folder of an input nor one above it.
+    transform
+        `transform(rows_in, rows_out)` fills `rows_out`, contiguous and of the dtype to write, and returns
+        `(num_zero, num_nonfinite, first_bad)` of its input, or raises `BadRowsError`.
+    column, id_column
+        Names of the embeddings (see `open_shard`) and of the ids.
+    dtype
+        Of the embeddings written; by default that of the input, or float32 for bfloat16 where the format has none.
+    format
+        "same", "npy", "safetensors", "parquet", "arrow" or "pickle".
+    job
+        What else decides the output, for the manifest and for `resume`: plain JSON values.
+    unit_norm
+        Whether `verify` shall expect rows of length one.
+    resume
+        Skip what an interrupted run of the same job has finished.
+    overwrite
+        Replace the files of an earlier job, one after the other. Files it does not know are left alone.
+    progress
+        Called with the number of rows just done.
+
+    Returns
+    -------
+    dict
+        `files`, `rows`, `bytes`, `bad_rows` of all outputs, `skipped_files` of an earlier run, `seconds`, and `notes`.
+
+    Raises
+    ------
+    FileExistsError
+        If `out_dir` is not empty and neither `resume` nor `overwrite` is set.
+    OSError
+        If a file cannot be read or written; finished files stay valid and `resume` goes on.
+    ValueError
+        If an input is wrong, two would get one name, the folders overlap, or the job to resume was another one.
+    """
+    began = time.monotonic()
+    folder = Path(out_dir)
+    if dtype is not None:
+        dtype = dtype_name(dtype)
+    if format != "same" and format not in _SUFFIXES:
+        raise ValueError(f"format must be same, {', '.join(_SUFFIXES)}, got {format!r}")
+    if resume and overwrite:
+        raise ValueError("resume and overwrite exclude each other")
+    if not paths:
+        raise ValueError("there are no files to rewrite")
+    targets = _plan(paths, folder, format)
+    if dtype == "bfloat16" and any(target.format != "safetensors" for target in targets):
+        raise ValueError("only safetensors holds bfloat16: choose another dtype, or format='safetensors'")
+    options = {"dtype": dtype, "format": format, "column": column, "id_column": id_column, "unit_norm": unit_norm}
+    inputs = [{"name": path.name, "fingerprint": fingerprint(path)} for path in paths]
+    head = _manifest.new_head({**job, **options}, inputs)
+    finished, former = _take_over(folder, head, resume=resume, overwrite=overwrite)
+    left = [target for target in targets if target.source.name not in finished]
+    _check_space(folder, left, column, dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    _manifest.remove_temporaries(folder, {name for target in targets for name in target.names})
+    journal = Journal(folder, head, finished.values(), former)
+    try:
+        run = _Run(transform, column, id_column, dtype, journal, progress)
+        run.do(left)
+        journal.finish()
+    finally:
+        journal.close()
+    entries = journal.entries.values()
+    widened = "bfloat16 became float32, which loses nothing: only safetensors holds bfloat16"
+    return {
+        "files": len(entries),
+        "skipped_files": len(finished),
+        "rows": sum(entry["rows"] for entry in entries),
+        "bytes": sum(output["size"] for entry in entries for output in _manifest.outputs_of(entry)),
+        "bad_rows": sum(entry["bad_rows"] for entry in entries),
+        "seconds": round(time.monotonic() - began, 3),
+        "notes": [widened] if run.widened else [],
+    }
+
+
+def convert(
+    data: Any,
+    out_dir: str | os.PathLike[str],
+    *,
+    format: str,  # noqa: A002 (the name of the command's flag)
+    column: str | None = None,
+    id_column: str = "id",
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Write the files of `data` (a path, glob, directory or list of paths) in another format, as `rewrite` does.
+
+    Values stay as they are, bad rows too; bfloat16 becomes float32 where the format has no bfloat16.
+    """
+    return rewrite(
+        file_paths(data),
+        out_dir,
+        transform=_copy,
+        column=column,
+        id_column=id_column,
+        format=format,
+        job={"command": "convert"},
+        unit_norm=False,
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def _copy(rows: Rows, out: Rows) -> tuple[int, int, int]:
+    if rows.bfloat16 and not out.bfloat16:
+        np.left_shift(rows.values, 16, out=out.values.view(np.uint32), dtype=np.uint32)
+    else:
+        out.values[...] = rows.values
+    return 0, 0, -1
+
+
+class _Target(NamedTuple):
+    source: Path
+    format: str
+    path: Path
+    sidecar: Path
+
+    @property
+    def names(self) -> tuple[str, str]:
+        return self.path.name, self.sidecar.name
+
+
+def _plan(paths: list[Path], folder: Path, wanted: str) -> list[_Target]:
+    """Return what becomes of each input; refuse folders that overlap and names that meet."""
+    resolved = folder.resolve()
+    targets = []
+    taken: dict[str, Path] = {}
+    for path in paths:
+        for parent in {path.parent.resolve(), path.resolve().parent}:
+            if resolved == parent or resolved in parent.parents:
+                raise ValueError(
+                    f"{folder} is the folder of the input {path} or lies above it: choose another output folder"
+                )
+        found = format_of(path)
+        if found is None:
+            raise ValueError(f"{path}: the suffix {path.suffix!r} is unknown, expected one of {', '.join(FORMATS)}")
+        name = path.name if wanted in ("same", found) else path.stem + _SUFFIXES[wanted]
+        sidecar = folder / f"{path.stem}{SIDECAR}{path.suffix}"
+        target = _Target(path, found if wanted == "same" else wanted, folder / name, sidecar)
+        for output in target.names:
+            if output in taken:
+                raise ValueError(f"{path} and {taken[output]} would both be written as {output}")
+            taken[output] = path
+        targets.append(target)
+    return targets
+
+
+def _take_over(
+    folder: Path, head: dict[str, Any], *, resume: bool, overwrite: bool
+) -> tuple[dict[str, Entry], set[str]]:
+    """Return the entries by input of what is finished, and the names of files that an earlier job has left."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "the output must be a folder", str(folder))
+    if not folder.exists() or all(_manifest.is_temporary(path.name) for path in folder.iterdir()):
+        return {}, set()
+    if not resume and not overwrite:
+        raise FileExistsError(
+            f"{folder} is not empty: pass resume to go on with its job or overwrite to replace its files"
+        )
+    manifest = _manifest.load(folder)
+    if overwrite:
+        return {}, manifest.names() if manifest else set()
+    if manifest is None:
+        raise FileExistsError(
+            f"{folder} is not empty, but holds no job to resume: pass overwrite or choose another folder"
+        )
+    _check_same_job(folder, manifest, head)
+    finished = {
+        name: entry
+        for name, entry in manifest.files.items()
+        if all(_has_size(folder / output["name"], output["size"]) for output in _manifest.outputs_of(entry))
+    }
+    return finished, manifest.names()
+
+
+def _check_same_job(folder: Path, manifest: Manifest, head: dict[str, Any]) -> None:
+    old, new = manifest.head["job"], json.loads(json.dumps(head["job"]))
+    for key in sorted({*old, *new}):
+        if old.get(key) != new.get(key):
+            raise ValueError(f"{folder} holds another job: {key} was {old.get(key)!r}, now it is {new.get(key)!r}")
+    before = {item["name"]: item["fingerprint"] for item in manifest.head["inputs"]}
+    now = {item["name"]: item["fingerprint"] for item in head["inputs"]}
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            change = "is new" if name not in before else "is gone" if name not in now else "has changed"
+            raise ValueError(f"{folder} cannot be resumed: the input {name} {change}; pass overwrite to begin again")
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _check_space(folder: Path, targets: list[_Target], column: str | None, dtype: str | None) -> None:
+    """Raise OSError where the outputs, estimated from the inputs, do not fit on the disk."""
+    if not targets:
+        return
+    shard = open_shard(targets[0].source, column)
+    old = storage(shard.dtype or "float32").itemsize
+    new = (
+        storage(dtype).itemsize
+        if dtype
+        else 4
+        if shard.dtype == "bfloat16" and targets[0].format != "safetensors"
+        else old
+    )
+    sizes = [target.source.stat().st_size * new // old for target in targets]
+    replaced = sum(target.path.stat().st_size for target in targets if target.path.is_file())
+    needed = sum(sizes) if not replaced else max(0, sum(sizes) - replaced) + max(sizes)
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC, f"not enough space: about {needed:,} bytes are needed, {free:,} are free", str(folder)
+        )
+
+
+class _Output:
+    """One file on its way through the threads."""
+
+    def __init__(self, target: _Target, shard: Shard, rows: int, dim: int, dtype: str) -> None:
+        self.target = target
+        self.shard = shard
+        self.num_rows, self.dim, self.dtype = rows, dim, dtype
+        self.encoders: list[Encoder] = []
+        self.sinks: list[Sink] = []
+        self.rows_done = 0
+        self.bad_rows = 0
+        self._failed = False
+
+    def new_sink(self, path: Path) -> Sink:
+        self.sinks.append(Sink(path))
+        return self.sinks[-1]
+
+    def write(self, rows: Rows, chunk: Chunk) -> None:
+        try:
+            for encoder in self.encoders:
+                encoder.write(rows, chunk)
+        except BaseException:
+            self._failed = True
+            raise
+
+    def close(self) -> bool:
+        """Write what is left; return whether the file is whole."""
+        if self._failed:
+            return False
+        for encoder in self.encoders:
+            encoder.close()
+        return True
+
+    def finish(self) -> Entry:
+        sidecar = self.sinks[1].finish() if len(self.sinks) > 1 else None
+        return {
+            "input": self.target.source.name,
+            "rows": self.num_rows,
+            "dim": self.dim,
+            "dtype": self.dtype,
+            "column": self.encoders[0].column,
+            "bad_rows": self.bad_rows,
+            "sidecar": sidecar,
+            **self.sinks[0].finish(),
+        }
+
+    def discard(self) -> None:
+        for sink in self.sinks:
+            sink.discard()
+
+
+class _Run:
+    """Reads in one thread, transforms here, encodes in a second and syncs to disk in a third."""
+
+    def __init__(
+        self,
+        transform: Transform,
+        column: str | None,
+        id_column: str,
+        dtype: str | None,
+        journal: Journal,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        self.widened = False
+        self._transform = transform
+        self._column, self._id_column, self._dtype = column, id_column, dtype
+        self._journal = journal
+        self._progress = progress
+        self._first: Shard | None = None
+        self._blocks = Blocks(BATCH_BYTES, _DEPTH)
+        self._writes: deque[Future[None]] = deque()
+        self._syncs: deque[Future[None]] = deque()
+        self._unfinished: list[_Output] = []
+
+    def do(self, targets: list[_Target]) -> None:
+        output: _Output | None = None
+        try:
+            with ThreadPoolExecutor(1, "realign-write") as writer, ThreadPoolExecutor(1, "realign-sync") as syncer:
+                for target, shard, chunk in prefetch(self._read(targets), _DEPTH):
+                    if chunk is None:
+                        self._end(output, writer, syncer)
+                        output = self._begin(target, shard)
+                    elif output is not None:
+                        self._map(output, chunk, writer)
+                self._end(output, writer, syncer)
+                for pending in (*self._writes, *self._syncs):
+                    pending.result()
+        finally:
+            for unfinished in self._unfinished:
+                unfinished.discard()
+
+    def _read(self, targets: list[_Target]) -> Generator[tuple[_Target, Shard, Chunk | None], None, None]:
+        blocks = Blocks(BATCH_BYTES, _DEPTH)
+        for target in targets:
+            shard = open_shard(target.source, self._column)
+            if isinstance(shard, PickleShard):
+                shard = shard.load()
+            yield target, shard, None
+            for chunk in read(shard, blocks):
+                yield target, shard, chunk
+
+    def _begin(self, target: _Target, shard: Shard) -> _Output:
+        self._check_shape(shard)
+        dim = shard.dim or (self._first.dim if self._first else 0)
+        dtype = self._dtype or shard.dtype or (self._first.dtype if self._first else "float32")
+        if dtype == "bfloat16" and target.format != "safetensors":
+            dtype, self.widened = "float32", True
+        if dim == 0 and target.format != format_of(shard.path):
+            raise ValueError(f"{shard.path} has no rows and states no dimension: leave it out")
+        output = _Output(target, shard, shard.num_rows or 0, dim, dtype)
+        self._unfinished.append(output)
+        output.encoders = open_encoders(
+            shard,
+            target.format,
+            output.new_sink(target.path),
+            lambda: output.new_sink(target.sidecar),
+            column=self._column,
+            id_column=self._id_column,
+            num_rows=output.num_rows,
+            dim=dim,
+            dtype=dtype,
+        )
+        return output
+
+    def _check_shape(self, shard: Shard) -> None:
+        if shard.dim == 0:
+            return
+        first = self._first = self._first or shard
+        if (shard.dim, shard.dtype) != (first.dim, first.dtype):
+            raise ValueError(
+                f"{shard.path} has dimension {shard.dim} and dtype {shard.dtype}, "
+                f"{first.path} has {first.dim} and {first.dtype}"
+            )
+
+    def _map(self, output: _Output, chunk: Chunk, writer: ThreadPoolExecutor) -> None:
+        if len(self._writes) == _DEPTH:  # the block about to be taken is that of the oldest write
+            self._writes.popleft().result()
+        num_rows, dim = chunk.rows.values.shape
+        out = Rows(self._blocks.take(num_rows, dim, storage(output.dtype)), output.dtype)
+        path = output.target.source
+        try:
+            num_zero, num_nonfinite, _ = self._transform(chunk.rows, out)
+        except BadRowsError as error:
+            raise error.moved(str(path), chunk.start) from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        output.bad_rows += num_zero + num_nonfinite
+        output.rows_done += num_rows
+        self._writes.append(writer.submit(output.write, out, chunk))
+        if self._progress is not None:
+            self._progress(num_rows)
+
+    def _end(self, output: _Output | None, writer: ThreadPoolExecutor, syncer: ThreadPoolExecutor) -> None:
+        if output is None:
+            return
+        if output.rows_done != output.num_rows:
+            raise ValueError(f"{output.target.source}: expected {output.num_rows} rows, found {output.rows_done}")
+        self._syncs.append(syncer.submit(self._finish, output, writer.submit(output.close)))
+        if len(self._syncs) > _MAX_UNSYNCED_FILES:
+            self._syncs.popleft().result()
+
+    def _finish(self, output: _Output, closed: Future[bool]) -> None:
+        if closed.result():
+            self._journal.add(output.finish())
+            self._unfinished.remove(output)
+
+
+def verify(out_dir: str | os.PathLike[str], progress: Callable[[int], None] | None = None) -> dict[str, Any]:
+    """Compare a folder that `rewrite` has written with its manifest.
+
+    Checks that the job has finished, that each file is there with the size and hash stated, that it can be read and has
+    the rows, dimension and dtype stated, that rows have length one where the job makes them so (zeros only as many as
+    there were bad rows), and that there are no other files.
+
+    Returns
+    -------
+    dict
+        `ok`, `problems` (a list of lines), `files`, `rows` and `bytes` as the manifest states them.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no manifest.
+    ValueError
+        If the manifest is damaged or names files outside the folder.
+    """
+    folder = Path(out_dir)
+    manifest = _manifest.load(folder)
+    if manifest is None:
+        raise FileNotFoundError(f"{folder} holds no {MANIFEST}")
+    problems = []
+    num_inputs = len(manifest.head["inputs"])
+    if not manifest.finished or len(manifest.files) != num_inputs:
+        problems.append(f"the job has finished {len(manifest.files)} of {num_inputs} files: run it again with resume")
+    unit_norm = manifest.head["job"].get("unit_norm") is True
+    for entry in manifest.files.values():
+        damaged = [_hash_problem(folder, output) for output in _manifest.outputs_of(entry)]
+        found = [problem for problem in damaged if problem] or _content_problems(folder, entry, unit_norm)
+        problems += found
+        if progress is not None:
+            progress(entry["rows"])
+    known = manifest.names() | {MANIFEST, _manifest.JOURNAL}
+    problems += [f"{path.name} is in no manifest" for path in sorted(folder.iterdir()) if path.name not in known]
+    entries = manifest.files.values()
+    return {
+        "ok": not problems,
+        "problems": problems,
+        "files": len(entries),
+        "rows": sum(entry["rows"] for entry in entries),
+        "bytes": sum(output["size"] for entry in entries for output in _manifest.outputs_of(entry)),
+    }
+
+
+def _hash_problem(folder: Path, output: dict[str, Any]) -> str | None:
+    path = folder / output["name"]
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError as error:
+        return f"{output['name']}: {error.strerror}"
+    with open(fd, "rb", buffering=0) as file:
+        size = os.fstat(fd).st_size
+        if size != output["size"]:
+            return f"{output['name']} has {size} bytes, the manifest states {output['size']}"
+        hasher = _C.XXH64()
+        block = memoryview(bytearray(BATCH_BYTES))
+        while count := file.readinto(block):
+            hasher.update(block[:count])
+    if hasher.hexdigest() != output["xxh64"]:
+        return f"{output['name']} has changed: its hash is {hasher.hexdigest()}, the manifest states {output['xxh64']}"
+    return None
+
+
+def _content_problems(folder: Path, entry: Entry, unit_norm: bool) -> list[str]:
+    name, num_rows, num_zero = entry["name"], 0, 0
+    try:
+        shard = open_shard(folder / name, entry["column"])
+        for chunk in prefetch(_chunks(shard), _DEPTH):
+            rows, dim = chunk.rows, chunk.rows.values.shape[1]
+            if (dim, rows.dtype) != (entry["dim"], entry["dtype"]):
+                return [f"{name} has {dim} x {rows.dtype}, the manifest states {entry['dim']} x {entry['dtype']}"]
+            num_rows += len(rows.values)
+            if not unit_norm:
+                continue
+            values = to_float64(rows)
+            norms = np.sqrt(np.einsum("ij,ij->i", values, values))
+            num_zero += int((norms == 0).sum())
+            wrong = np.flatnonzero(~(np.abs(norms - 1) <= _NORM_TOLERANCE[rows.dtype]) & (norms != 0))
+            if wrong.size:
+                return [f"{name}: row {chunk.start + wrong[0]} has length {norms[wrong[0]]:.6g}, expected 1"]
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    if num_rows != entry["rows"]:
+        return [f"{name} has {num_rows} rows, the manifest states {entry['rows']}"]
+    if num_zero > entry["bad_rows"]:
+        return [f"{name} has {num_zero} rows of zeros, the manifest states {entry['bad_rows']} bad rows"]
+    return []
+
+
+def _chunks(shard: Shard) -> Generator[Chunk, None, None]:
+    yield from shard.chunks(Blocks(BATCH_BYTES, _DEPTH))
