@@ -8,11 +8,11 @@ A *bad* row holds a NaN or an infinity, or has norm zero. Functions return what 
 `(num_zero, num_nonfinite, first_bad)`, `first_bad` being the least index of a bad row or -1.
 """
 
-from collections.abc import Buffer
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import Buffer
 
 Rows = NDArray[Any]
 BadRows = tuple[int, int, int]

@@ -47,8 +47,9 @@ class Sample:
         self._keep(rows.values, keys)
         # Rows of equal content have equal keys: a heap of them must not exhaust the memory.
         while self._num_kept > self._capacity + self._capacity // 4 and self._halvings < 63:
-            self._halvings += 1
-            self._refilter()
+            kept = self._num_kept
+            self._refilter()  # what came under an earlier bound goes first
+            self._halvings += self._num_kept == kept
 
     def _keep(self, values: NDArray[np.generic], keys: NDArray[np.uint64]) -> None:
         chosen = np.flatnonzero(self._below(keys))
@@ -59,7 +60,8 @@ class Sample:
 
     def _below(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
         # Keys are at least 1 for good rows; minus 1 maps them to [0, 2**64 - 1).
-        return (keys != 0) & ((keys - np.uint64(1)) <= np.uint64((1 << (64 - self._halvings)) - 1))
+        below: NDArray[np.bool_] = (keys - np.uint64(1)) <= np.uint64((1 << (64 - self._halvings)) - 1)
+        return below & (keys != 0)
 
     def _refilter(self) -> None:
         parts, keys = self._parts, self._keys

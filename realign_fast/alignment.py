@@ -693,11 +693,10 @@ def _sample_report(
 
 
 def _in_memory(text: Rows, image: Rows, num_threads: int | None) -> _Problem:
-    moments = []
-    for rows in (text, image):
-        moments.append(Moments(rows.values.shape[1]))
-        moments[-1].update_rows(rows, "raise", num_threads)
-    return _Problem(*moments, lambda: [Batch(text, "sample", 0)], text, "raise", num_threads)
+    source, target = Moments(text.values.shape[1]), Moments(image.values.shape[1])
+    source.update_rows(text, "raise", num_threads)
+    target.update_rows(image, "raise", num_threads)
+    return _Problem(source, target, lambda: [Batch(text, "sample", 0)], text, "raise", num_threads)
 
 
 def _split(rows: Rows) -> tuple[Rows, Rows]:

@@ -221,21 +221,20 @@ class Moments:
             If it is damaged, holds something else, or comes from a newer format.
         """
         tensors, fields = _files.load(path, "moments", {"sums": (np.dtype(np.int64), 1)})
-        counts = {name: fields.get(name) for name in ("count", "num_zero", "num_skipped")}
-        for name, value in counts.items():
+        counts: dict[str, int] = {}
+        for name in ("count", "num_zero", "num_skipped"):
+            value = fields.get(name)
             if type(value) is not int or not 0 <= value <= _MAX_COUNT:
                 raise ValueError(f"{path}: {name} must be a count, got {value!r}")
+            counts[name] = value
         if fields.get("fixed_point_bits") != _C.FIXED_POINT_BITS:
             raise ValueError(f"{path}: sums in units this package does not know")
         sums = tensors["sums"]
-        limit = 1.001 * counts["count"] * 2.0**_C.FIXED_POINT_BITS  # a rounded unit row may pass 1 by a little
+        # A rounded unit row may pass 1 by a little.
+        limit = 1.001 * counts["count"] * 2.0**_C.FIXED_POINT_BITS
         if sums.size == 0 or counts["num_zero"] > counts["count"] or (np.abs(sums.astype(np.float64)) > limit).any():
             raise ValueError(f"{path}: sums and counts do not fit together")
         moments = cls(sums.size)
-        moments.count, moments.num_zero, moments.num_skipped = (
-            counts["count"],
-            counts["num_zero"],
-            counts["num_skipped"],
-        )
+        moments.count, moments.num_zero, moments.num_skipped = counts.values()
         moments._sums = np.ascontiguousarray(sums)
         return moments

@@ -1,4 +1,3 @@
-import itertools
 import json
 
 import numpy as np
@@ -67,7 +66,7 @@ def test_refine_removes_the_gap_that_is_left(text, image):
     gaps = [gap(refine=k) for k in range(4)]
     assert gaps[0] > 1e-4
     assert gaps[3] < 1e-7
-    assert all(later < 0.1 * earlier for earlier, later in itertools.pairwise(gaps))
+    assert gaps[1] < 0.01 * gaps[0]
 
 
 @pytest.mark.parametrize("name", ["mindgap_clip_coco500", "mindgap_convirt500", "mindgap_videoclip", "mindgap_clasp"])
@@ -273,7 +272,7 @@ def test_arguments_that_do_not_fit_are_refused(alignment, text):
     for arguments, error, message in [
         (([1.0, 2.0],), TypeError, "x must be a NumPy array or a torch tensor, got list"),
         ((text[:, :5],), ValueError, "rows of dimension 67"),
-        ((np.float32(1) * np.ones(()),), ValueError, "shape"),
+        ((np.ones(()),), ValueError, "shape"),
         ((np.ones((2, DIM), np.int8),), TypeError, "int8: dequantise it first"),
         ((np.ones((2, DIM), np.int64),), TypeError, "x.dtype must be one of float16"),
         ((np.ones((2, DIM), np.complex64),), TypeError, "x.dtype must be one of float16"),

@@ -1,1 +1,0 @@
-"""A small rendered world and its dual encoder: embeddings with a real modality gap, nothing to download."""
