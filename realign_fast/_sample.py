@@ -60,8 +60,9 @@ class Sample:
 
     def _below(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
         # Keys are at least 1 for good rows; minus 1 maps them to [0, 2**64 - 1).
-        below: NDArray[np.bool_] = (keys - np.uint64(1)) <= np.uint64((1 << (64 - self._halvings)) - 1)
-        return below & (keys != 0)
+        bound = np.uint64((1 << (64 - self._halvings)) - 1)
+        below: NDArray[np.bool_] = np.logical_and(keys != 0, keys - np.uint64(1) <= bound)
+        return below
 
     def _refilter(self) -> None:
         parts, keys = self._parts, self._keys

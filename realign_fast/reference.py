@@ -1,0 +1,41 @@
+"""What every kernel computes, in plain float64 NumPy: slow, dull, and the judge of the fast ones.
+
+Source: ReAlign, arXiv 2602.07026, Anchor, Trace and Centroid alignment.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Matrix = NDArray[np.float64]
+
+
+def project(rows: Matrix) -> Matrix:
+    """Return `pi(z) = z / ||z||` of each row, `pi(0) = 0`, whatever the magnitude of the row."""
+    largest = np.abs(rows).max(axis=-1, keepdims=True, initial=0)
+    scaled = rows / np.where(largest == 0, 1, largest)
+    norms = np.sqrt((scaled**2).sum(axis=-1, keepdims=True))
+    unit: Matrix = scaled / np.where(norms == 0, 1, norms)
+    return unit
+
+
+def bad_rows(rows: Matrix) -> NDArray[np.bool_]:
+    """Return `(n,)`: which rows hold a NaN or an infinity, or are zero."""
+    bad: NDArray[np.bool_] = ~np.isfinite(rows).all(axis=-1) | (rows == 0).all(axis=-1)
+    return bad
+
+
+def row_transform(rows: Matrix, scale: float, shift: Matrix, correction: Matrix) -> Matrix:
+    """Return `pi(pi(scale u + shift) + correction)`, `u = pi(row)`, of `(n, dim)` rows; zeros for bad ones."""
+    bad = bad_rows(rows)[:, None]
+    unit = project(np.where(bad, 0.0, rows))
+    mapped = project(project(scale * unit + shift) + correction)
+    return np.where(bad, 0.0, mapped)
+
+
+def moments(rows: Matrix) -> tuple[int, Matrix, float]:
+    """Return count, mean `(dim,)` and covariance trace (ddof 0) of the unit rows, bad ones left out."""
+    unit = project(rows[~bad_rows(rows)])
+    mean = unit.mean(axis=0)
+    return len(unit), mean, float(((unit - mean) ** 2).sum(axis=1).mean())
