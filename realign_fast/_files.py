@@ -51,7 +51,7 @@ def save(
     from safetensors.numpy import save as to_bytes
 
     header = {"format": FORMAT_VERSION, "kind": kind, "package": __version__, **fields}
-    data = to_bytes(dict(tensors), metadata={_KEY: json.dumps(header, sort_keys=True, allow_nan=False)})
+    data = to_bytes(dict(tensors), metadata={_KEY: json.dumps(header, allow_nan=False)})
     write_atomically(Path(path), data)
 
 
