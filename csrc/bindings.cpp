@@ -220,7 +220,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("stream_read", &py_stream_read, py::arg("buffer"), py::arg("num_threads"));
   m.def("stream_copy", &py_stream_copy, py::arg("source"), py::arg("target"), py::arg("nontemporal"),
         py::arg("num_threads"));
-  py::class_<Xxh64>(m, "XXH64")
+  py::class_<Xxh64>(m, "XXH64", py::module_local())
       .def(py::init<uint64_t>(), py::arg("seed") = 0)
       .def(
           "update",

@@ -42,24 +42,29 @@ inline void store_first(T* out, int64_t count, F value) {
 inline double sum_of(F value) {
   float lanes[W];
   store(lanes, value);
-  double sum = 0;
-  for (int lane = 0; lane < W; ++lane) sum += double(lanes[lane]);
-  return sum;
+  double sums[W];
+  for (int lane = 0; lane < W; ++lane) sums[lane] = double(lanes[lane]);
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+  return sums[0];
 }
 
-// out[0] = x.x, out[k] = x.v[k-1]; the v are padded.
+// out[0] = x.x, out[k] = x.v[k-1]; the v are padded. Four sums each, so that no addition waits for the one before.
 template <int K, typename T>
 inline void dots(const T* x, const float* const* v, int64_t dim, double* out) {
-  F sums[2][K + 1];
-  for (int half = 0; half < 2; ++half)
-    for (int k = 0; k <= K; ++k) sums[half][k] = zero();
+  constexpr int kSums = 4;
+  F sums[kSums][K + 1];
+  for (int i = 0; i < kSums; ++i)
+    for (int k = 0; k <= K; ++k) sums[i][k] = zero();
   int64_t j = 0;
-  for (; j + 2 * W <= dim; j += 2 * W) {
-    for (int half = 0; half < 2; ++half) {
-      const int64_t at = j + half * W;
+  for (; j + kSums * W <= dim; j += kSums * W) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kSums; ++i) {
+      const int64_t at = j + i * W;
       const F a = load(x + at);
-      sums[half][0] = fma(a, a, sums[half][0]);
-      for (int k = 0; k < K; ++k) sums[half][k + 1] = fma(a, load(v[k] + at), sums[half][k + 1]);
+      sums[i][0] = fma(a, a, sums[i][0]);
+#pragma GCC unroll 2
+      for (int k = 0; k < K; ++k) sums[i][k + 1] = fma(a, load(v[k] + at), sums[i][k + 1]);
     }
   }
   for (; j < dim; j += W) {
@@ -67,7 +72,7 @@ inline void dots(const T* x, const float* const* v, int64_t dim, double* out) {
     sums[0][0] = fma(a, a, sums[0][0]);
     for (int k = 0; k < K; ++k) sums[0][k + 1] = fma(a, load(v[k] + j), sums[0][k + 1]);
   }
-  for (int k = 0; k <= K; ++k) out[k] = sum_of(add(sums[0][k], sums[1][k]));
+  for (int k = 0; k <= K; ++k) out[k] = sum_of(add(add(sums[0][k], sums[1][k]), add(sums[2][k], sums[3][k])));
 }
 
 inline bool fits_float32(double square) { return square > kSmallestSquare && square < kLargestSquare; }
@@ -238,18 +243,22 @@ void moments(const RowRange& rows, int64_t* sums, uint64_t* keys, const float* p
              BadRows* bad) {
   for (int64_t first = 0; first < rows.num_rows; first += kRowsPerBlock) {
     const int64_t last = first + kRowsPerBlock < rows.num_rows ? first + kRowsPerBlock : rows.num_rows;
+    // All products before all square roots: so the processor waits for neither.
+    double products[kRowsPerBlock][2];
+    for (int64_t i = first; i < last; ++i) {
+      if (keys)
+        dots<1>(row_at<T>(rows, i), &projection, rows.dim, products[i - first]);
+      else
+        dots<0>(row_at<T>(rows, i), nullptr, rows.dim, products[i - first]);
+    }
     Block<T> block;
     for (int64_t i = first; i < last; ++i) {
       const T* x = row_at<T>(rows, i);
-      double products[2] = {};
-      if (keys)
-        dots<1>(x, &projection, rows.dim, products);
-      else
-        dots<0>(x, nullptr, rows.dim, products);
-      if (fits_float32(products[0])) {
+      const double square = products[i - first][0];
+      if (fits_float32(square)) {
         block.rows[block.count] = x;
-        block.row_factor[block.count++] = float(kUnits / __builtin_sqrt(products[0]));
-        if (keys) keys[i] = key_of(products[0], products[1]);
+        block.row_factor[block.count++] = float(kUnits / __builtin_sqrt(square));
+        if (keys) keys[i] = key_of(square, products[i - first][1]);
         continue;
       }
       const RowKind kind = unit_row(x, rows.dim, scratch);
