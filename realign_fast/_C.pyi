@@ -16,6 +16,7 @@ from typing_extensions import Buffer
 
 Rows = NDArray[Any]
 BadRows = tuple[int, int, int]
+Bytes = Buffer | NDArray[Any]
 
 FIXED_POINT_BITS: int
 """Moments count in units of 2**-FIXED_POINT_BITS (27)."""
@@ -70,21 +71,21 @@ def row_transform(
 def find_bad_rows(rows: Rows, bfloat16: bool, num_threads: int) -> BadRows:
     """Read the rows and say which are bad."""
 
-def stream_read(buffer: Buffer, num_threads: int) -> int:
+def stream_read(buffer: Bytes, num_threads: int) -> int:
     """Sum the 64-bit words of `buffer`: the least that a kernel which reads can take."""
 
-def stream_copy(source: Buffer, target: Buffer, nontemporal: bool, num_threads: int) -> None:
+def stream_copy(source: Bytes, target: Bytes, nontemporal: bool, num_threads: int) -> None:
     """Copy with ordinary or non-temporal stores: the least that a kernel which reads and writes can take."""
 
 class XXH64:
     """The 64-bit xxHash, streaming."""
 
     def __init__(self, seed: int = 0) -> None: ...
-    def update(self, data: Buffer) -> None: ...
+    def update(self, data: Bytes) -> None: ...
     def intdigest(self) -> int: ...
     def hexdigest(self) -> str: ...
 
-def scan_pickle(data: Buffer) -> None:
+def scan_pickle(data: Bytes) -> None:
     """Walk the opcodes of a pickle without running it.
 
     ValueError where it is truncated, uses an opcode that plain data and NumPy arrays do not need, names a length or a

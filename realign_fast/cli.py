@@ -168,6 +168,17 @@ def _verify(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"command": "verify", "directory": str(arguments.directory), **summary}
 
 
+def _bench(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .benchmark import run
+
+    if arguments.json is not None:
+        _check_output_file(arguments.json)
+    result = run(quick=arguments.quick)
+    if arguments.json is not None:
+        Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
+    return {"command": "bench", **result}
+
+
 def _check_output_file(path: str) -> None:
     """Refuse, before hours of reading, an output that could not be written after them."""
     target = Path(path)
@@ -261,6 +272,10 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = command("verify", _verify, "check an output directory against its manifest")
     verify.add_argument("directory", metavar="DIR")
+
+    bench = command("bench", _bench, "time the kernels against this machine's read and copy speed")
+    bench.add_argument("--json", metavar="FILE", help="also write the result there")
+    bench.add_argument("--quick", action="store_true", help="one dimension and small sizes, for a first look")
     return parser
 
 

@@ -1,0 +1,120 @@
+"""The kernels against torch on the same bytes, in turn, in one process."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from _tables import arguments, report, row
+
+from realign_fast import _C
+from realign_fast.alignment import fit
+from realign_fast.benchmark import interleave, kernel_cases, rows_of, summarise
+
+ROW_TRANSFORM_GOALS = {
+    "float32": {"avx512": 1.15, "avx2": 0.9, "baseline": 0.4},
+    "float16": {"avx512": 0.9},
+    "bfloat16": {"avx512": 0.9},
+}
+MOMENTS_GOALS = {"float32": 0.9, "float16": 0.8}
+
+
+def with_instruction_set(name, run):
+    def call():
+        _C.use_instruction_set(name)
+        run()
+        _C.use_instruction_set("auto")
+
+    return call
+
+
+def large(count: int, rounds: int) -> list[dict]:
+    lines = []
+    threads = torch.get_num_threads()
+    for dtype in ("float32", "float16", "bfloat16"):
+        rows = rows_of(count, 768, dtype)
+        source = torch.from_numpy(rows.view(np.int16) if dtype != "float32" else rows)
+        target = torch.zeros_like(source)
+        as_float32 = torch.ones(rows.nbytes // 4)
+        kernels = kernel_cases(rows, dtype, threads)
+        cases = {"copy_": lambda s=source, t=target: t.copy_(s), "sum": lambda f=as_float32: f.sum()}
+        for name in _C.instruction_sets():
+            for kernel in ("row_transform", "moments"):
+                cases[f"{kernel} {name}"] = with_instruction_set(name, kernels[kernel])
+        found = {name: summarise(times) for name, times in interleave(cases, rounds).items()}
+        for name in _C.instruction_sets():
+            mine = found[f"row_transform {name}"]
+            goal = ROW_TRANSFORM_GOALS[dtype].get(name)
+            lines.append(
+                row(
+                    f"row transform {dtype}, {count:,} x 768, {name}",
+                    2 * rows.nbytes / mine["median_s"] / 1e9,
+                    "torch.Tensor.copy_",
+                    found["copy_"]["median_s"] / mine["median_s"],
+                    f"{goal}x" if goal else "none",
+                    mine["spread"],
+                    "GB/s",
+                )
+            )
+        best = _C.instruction_set()
+        mine = found[f"moments {best}"]
+        goal = MOMENTS_GOALS.get(dtype)
+        lines.append(
+            row(
+                f"moments {dtype}, {count:,} x 768, {best}",
+                rows.nbytes / mine["median_s"] / 1e9,
+                "torch.sum of the bytes as float32",
+                found["sum"]["median_s"] / mine["median_s"],
+                f"{goal}x" if goal else "none",
+                mine["spread"],
+                "GB/s",
+            )
+        )
+    return lines
+
+
+def small(rounds: int) -> list[dict]:
+    rng = np.random.default_rng(0)
+    normalize = torch.nn.functional.normalize
+    text, image = (normalize(torch.from_numpy(rng.normal(m, 1, (2000, 768)).astype(np.float32))) for m in (0.1, -0.1))
+    alignment = fit(text, image)
+    x = text[:256].contiguous()
+    scale, shift, correction = (
+        alignment.scale,
+        *(torch.tensor(v, dtype=torch.float32) for v in (alignment.shift, alignment.correction)),
+    )
+
+    def folded(x):  # the rows are unit rows: two normalisations are all it takes
+        return normalize(normalize(scale * x + shift) + correction)
+
+    compiled = torch.compile(folded)
+    torch.testing.assert_close(alignment.transform(x), folded(x), rtol=0, atol=1e-6)
+    cases = {
+        "ours": lambda: alignment.transform(x),
+        "eager torch": lambda: folded(x),
+        "torch.compile": lambda: compiled(x),
+    }
+    found = {name: summarise(times) for name, times in interleave(cases, rounds * 100).items()}
+    mine = found["ours"]
+    return [
+        row(
+            "transform of 256 x 768 float32",
+            mine["median_s"] * 1e6,
+            peer,
+            found[peer]["median_s"] / mine["median_s"],
+            goal,
+            mine["spread"],
+            "us",
+        )
+        for peer, goal in (("eager torch", "5x"), ("torch.compile", "2x"))
+    ]
+
+
+if __name__ == "__main__":
+    options = arguments(__doc__).parse_args()
+    count, rounds = (20_000, 3) if options.quick else (1_000_000, 9)
+    report(large(count, rounds) + small(rounds), options.json, num_rows=count, rounds=rounds)
