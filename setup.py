@@ -9,7 +9,7 @@ from setuptools import setup
 ParallelCompile("NPY_NUM_BUILD_JOBS", default=os.cpu_count() or 1).install()
 
 # No -march and no -ffast-math: the files in csrc/simd raise the instruction set themselves and are chosen at run time.
-compile_args = ["-O3", "-fvisibility=hidden", "-ffp-contract=off", "-pthread"]
+compile_args = ["-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread"]
 if os.environ.get("REALIGN_FAST_WERROR"):
     compile_args += ["-Wall", "-Wextra", "-Werror"]
 

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _tables import arguments, report, row
 
 from realign_fast import _C
+from realign_fast._dtypes import empty
 from realign_fast.alignment import fit
 from realign_fast.benchmark import interleave, kernel_cases, rows_of, summarise
 
@@ -37,10 +38,11 @@ def large(count: int, rounds: int) -> list[dict]:
     threads = torch.get_num_threads()
     for dtype in ("float32", "float16", "bfloat16"):
         rows = rows_of(count, 768, dtype)
-        source = torch.from_numpy(rows.view(np.int16) if dtype != "float32" else rows)
-        target = torch.zeros_like(source)
+        out = empty(rows.shape, rows.dtype)
+        out.fill(0)
+        source, target = (torch.from_numpy(a.view(np.int16) if dtype != "float32" else a) for a in (rows, out))
         as_float32 = torch.ones(rows.nbytes // 4)
-        kernels = kernel_cases(rows, dtype, threads)
+        kernels = kernel_cases(rows, out, dtype, threads)
         cases = {"copy_": lambda s=source, t=target: t.copy_(s), "sum": lambda f=as_float32: f.sum()}
         for name in _C.instruction_sets():
             for kernel in ("row_transform", "moments"):
@@ -98,7 +100,7 @@ def small(rounds: int) -> list[dict]:
         "eager torch": lambda: folded(x),
         "torch.compile": lambda: compiled(x),
     }
-    found = {name: summarise(times) for name, times in interleave(cases, rounds * 100).items()}
+    found = {name: summarise(times) for name, times in interleave(cases, rounds * 5, calls=50).items()}
     mine = found["ours"]
     return [
         row(

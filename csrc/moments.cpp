@@ -4,8 +4,8 @@ namespace realign {
 namespace {
 
 // Pseudo-random magnitudes in [0.5, 1) with pseudo-random signs, padded: a fixed direction that no data set knows.
-std::vector<float> projection(int64_t dim) {
-  std::vector<float> values(size_t(dim + kPadding), 0.0f);
+AlignedVector<float> projection(int64_t dim) {
+  AlignedVector<float> values(dim + kPadding);
   uint64_t state = 0;
   for (int64_t j = 0; j < dim; ++j) {
     state += 0x9e3779b97f4a7c15u;
@@ -14,7 +14,7 @@ std::vector<float> projection(int64_t dim) {
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
     x ^= x >> 31;
     const float magnitude = 0.5f + 0.5f * float(x >> 40) * 0x1p-24f;
-    values[size_t(j)] = x & 1 ? magnitude : -magnitude;
+    values.data()[j] = x & 1 ? magnitude : -magnitude;
   }
   return values;
 }
@@ -24,14 +24,14 @@ template <typename Kernel>
 BadRows sum_parts(const Rows& rows, int64_t* sums, int num_threads, const Kernel& kernel) {
   const int num_parts = useful_threads(num_threads, rows.range.num_rows, rows.bytes());
   // Whole cache lines apart, so that no two threads write to one.
-  const int64_t stride = (rows.range.dim + 15) / 8 * 8;
-  std::vector<int64_t> partial(size_t(stride * num_parts), 0);
+  const int64_t stride = (rows.range.dim + 7) / 8 * 8;
+  AlignedVector<int64_t> partial(stride * num_parts);
   const BadRows bad = for_each_part(rows, num_parts,
                                     [&](int part, const RowRange& range, int64_t first, double* scratch, BadRows* met) {
                                       kernel(range, first, partial.data() + stride * part, scratch, met);
                                     });
   for (int part = 0; part < num_parts; ++part)
-    for (int64_t j = 0; j < rows.range.dim; ++j) sums[j] += partial[size_t(stride * part + j)];
+    for (int64_t j = 0; j < rows.range.dim; ++j) sums[j] += partial.data()[stride * part + j];
   return bad;
 }
 
@@ -39,7 +39,7 @@ BadRows sum_parts(const Rows& rows, int64_t* sums, int num_threads, const Kernel
 
 BadRows moments(const Rows& rows, int64_t* sums, uint64_t* keys, int num_threads) {
   const MomentsKernel kernel = current_table().moments[rows.dtype];
-  const std::vector<float> direction = keys ? projection(rows.range.dim) : std::vector<float>();
+  const AlignedVector<float> direction = keys ? projection(rows.range.dim) : AlignedVector<float>();
   return sum_parts(rows, sums, num_threads,
                    [&](const RowRange& range, int64_t first, int64_t* part, double* scratch, BadRows* bad) {
                      kernel(range, part, keys ? keys + first : nullptr, direction.data(), scratch, bad);

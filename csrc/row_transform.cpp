@@ -10,14 +10,10 @@ constexpr int64_t kStreamBytes = 16 << 20;
 }  // namespace
 
 MapVectors::MapVectors(double scale, const double* shift, const double* correction, int64_t dim)
-    : scale_(scale),
-      shift64_(shift),
-      correction64_(correction),
-      shift_(size_t(dim + kPadding), 0.0f),
-      correction_(size_t(dim + kPadding), 0.0f) {
+    : scale_(scale), shift64_(shift), correction64_(correction), shift_(dim + kPadding), correction_(dim + kPadding) {
   for (int64_t j = 0; j < dim; ++j) {
-    shift_[size_t(j)] = float(shift[j]);
-    correction_[size_t(j)] = float(correction[j]);
+    shift_.data()[j] = float(shift[j]);
+    correction_.data()[j] = float(correction[j]);
     shift_shift_ += shift[j] * shift[j];
     correction_correction_ += correction[j] * correction[j];
     shift_correction_ += shift[j] * correction[j];

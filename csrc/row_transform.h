@@ -14,7 +14,7 @@ class MapVectors {
  private:
   double scale_;
   const double *shift64_, *correction64_;
-  std::vector<float> shift_, correction_;
+  AlignedVector<float> shift_, correction_;
   double shift_shift_ = 0, correction_correction_ = 0, shift_correction_ = 0;
 };
 

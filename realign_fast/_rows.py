@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -25,12 +26,17 @@ def dtype_name(dtype: object, *, name: str = "dtype") -> str:
     TypeError
         If it is none of the four; integers are told how to dequantise.
     """
-    text = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or str(dtype).removeprefix("torch.")
+    text = dtype if isinstance(dtype, str) else _name_of(dtype)
     if text in DTYPES:
         return text
     if text in ("int8", "uint8"):
         raise TypeError(f"{name} is {text}: dequantise it first, for instance x.astype(numpy.float32) * scale + offset")
     raise TypeError(f"{name} must be one of {', '.join(DTYPES)}, got {text}")
+
+
+@cache
+def _name_of(dtype: Any) -> str:
+    return getattr(dtype, "name", None) or str(dtype).removeprefix("torch.")
 
 
 def as_rows(x: object, *, name: str = "x", dim: int | None = None) -> Rows:
@@ -82,8 +88,9 @@ def _tensor_values(x: Any, name: str) -> tuple[NDArray[Any], str]:
     torch = sys.modules["torch"]
     refuse_gradients(x, name)
     dtype = dtype_name(x.dtype, name=f"{name}.dtype")
-    x = x.detach()
-    if x.device.type != "cpu":
+    if x.requires_grad:
+        x = x.detach()
+    if not x.is_cpu:
         x = x.cpu()
     if dtype == "bfloat16":
         return x.view(torch.int16).numpy().view(np.uint16), dtype

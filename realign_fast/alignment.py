@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _C, _files
-from ._dtypes import Rows, storage
+from ._dtypes import Rows, empty, storage
 from ._errors import BadRowsError
 from ._progress import progress as show_progress
 from ._rows import as_rows, dtype_name, is_tensor, refuse_gradients
@@ -193,9 +193,10 @@ class Alignment:
             return _transform_torch(x, out, dtype, parameters, self.dim, on_bad_rows)
         rows = as_rows(x, name="x", dim=self.dim)
         if out is None:
-            out = _empty_like(x, rows.dtype if dtype is None else dtype_name(dtype))
-        else:
-            _check_out(x, out, dtype)
+            out, target = _new_rows(x, rows.dtype if dtype is None else dtype_name(dtype), self.dim)
+            _raise_if_bad(_transform_rows(parameters, rows, target, num_threads), on_bad_rows)
+            return out
+        _check_out(x, out, dtype)
         target = as_rows(out, name="out", dim=self.dim)
         in_place = np.may_share_memory(rows.values, target.values)
         if in_place and on_bad_rows == "raise":
@@ -772,15 +773,20 @@ def _transform_rows(parameters: Parameters, rows: Rows, out: Rows, num_threads: 
     )
 
 
-def _empty_like(x: Any, dtype: str) -> Any:
+def _new_rows(x: Any, dtype: str, dim: int) -> tuple[Any, Rows]:
+    """Return an uninitialised result of the kind and shape of `x`, and the same memory as rows."""
+    values = empty(tuple(x.shape), storage(dtype))
+    rows = Rows(values.reshape(-1, dim), dtype)
     if is_tensor(x):
         torch = sys.modules["torch"]
-        return torch.empty(x.shape, dtype=getattr(torch, dtype), device=x.device)
-    if dtype == "bfloat16":
-        if x.dtype.name != "bfloat16":
-            raise TypeError("NumPy has no bfloat16: pass a torch tensor, or out= as an array of another dtype")
-        return np.empty(x.shape, x.dtype)
-    return np.empty(x.shape, storage(dtype))
+        if dtype == "bfloat16":
+            return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16), rows
+        return torch.from_numpy(values), rows
+    if dtype != "bfloat16":
+        return values, rows
+    if x.dtype.name != "bfloat16":
+        raise TypeError("NumPy has no bfloat16: pass a torch tensor, or out= as an array of another dtype")
+    return values.view(x.dtype), rows
 
 
 def _check_out(x: Any, out: Any, dtype: Any) -> None:
@@ -817,6 +823,7 @@ def _transform_torch(x: Any, out: Any, dtype: Any, parameters: Parameters, dim: 
     from ._torch_rows import row_transform
 
     # A result of its own, so that an error leaves `out` as it was.
-    result = _empty_like(x, name if dtype is None else dtype_name(dtype)) if out is None else out.new_empty(out.shape)
+    result_dtype = out.dtype if out is not None else getattr(sys.modules["torch"], dtype_name(dtype) if dtype else name)
+    result = x.new_empty(x.shape, dtype=result_dtype)
     _raise_if_bad(row_transform(x.detach().reshape(-1, dim), result.view(-1, dim), parameters), on_bad_rows)
     return result if out is None else out.copy_(result)

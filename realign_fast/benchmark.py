@@ -19,21 +19,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _C
-from ._dtypes import DTYPES, storage
+from ._dtypes import DTYPES, empty, storage
 from ._version import __version__
 from .backends import count_threads
 
 DIMS = (512, 768, 1024, 1280, 4096)
 
 
-def interleave(cases: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each case in each of `rounds` rounds, after one that is not counted."""
+def interleave(cases: Mapping[str, Callable[[], object]], rounds: int, calls: int = 1) -> dict[str, list[float]]:
+    """Return the seconds a call of each case took in each of `rounds` rounds, after one that is not counted.
+
+    Short cases are called several times in a round, so that each finds the caches as it leaves them.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds + 1):
         for name, run in cases.items():
             start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+            for _ in range(calls):
+                run()
+            seconds[name].append((time.perf_counter() - start) / calls)
     return {name: times[1:] for name, times in seconds.items()}
 
 
@@ -77,13 +81,14 @@ def rows_of(count: int, dim: int, dtype: str) -> NDArray[Any]:
         pattern = (pattern.view(np.uint32) >> 16).astype(np.uint16)
     else:
         pattern = pattern.astype(storage(dtype))
-    return np.resize(pattern, (count, dim))
+    rows = empty((count, dim), pattern.dtype)
+    rows[:] = np.resize(pattern, (count, dim))
+    return rows
 
 
-def kernel_cases(rows: NDArray[Any], dtype: str, threads: int) -> dict[str, Callable[[], object]]:
-    """Return one call of each kernel and of each measure of the machine over these rows."""
+def kernel_cases(rows: NDArray[Any], out: NDArray[Any], dtype: str, threads: int) -> dict[str, Callable[[], object]]:
+    """Return one call of each kernel into `out`, and of each measure of the machine, over these rows."""
     dim = rows.shape[1]
-    out = np.zeros_like(rows)
     sums = np.zeros(dim, np.int64)
     rng = np.random.default_rng(1)
     shift, correction = (factor * rng.normal(size=dim) / np.sqrt(dim) for factor in (0.5, 0.1))
@@ -119,7 +124,9 @@ def run(*, quick: bool = False) -> dict[str, Any]:
         for dtype in DTYPES:
             count = total_bytes // (dim * storage(dtype).itemsize)
             rows = rows_of(count, dim, dtype)
-            times = interleave(kernel_cases(rows, dtype, threads), 3 if quick else 5)
+            out = empty(rows.shape, rows.dtype)
+            out.fill(0)
+            times = interleave(kernel_cases(rows, out, dtype, threads), 3 if quick else 5)
             found = {name: summarise(seconds) for name, seconds in times.items()}
             limits = {
                 "moments": found["read"]["median_s"],

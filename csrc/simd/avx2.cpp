@@ -56,6 +56,12 @@ inline void stream(T* out, F value) {
 }
 inline void fence() { _mm_sfence(); }
 
+inline double sum_of(F x) {
+  const __m256d four =
+      _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+}
 inline I to_int32(F x) { return {_mm256_cvtps_epi32(x)}; }
 inline I load_int32(const char* x) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))}; }
 inline void add_to_int64(int64_t* sums, I x) {

@@ -58,6 +58,7 @@ inline void store(Half* out, F value) {
   store_bits(out, half | ((bits >> 16) & 0x8000));
 }
 
+inline double sum_of(F x) { return (double(x[0]) + double(x[2])) + (double(x[1]) + double(x[3])); }
 // To the nearest integer, ties to even: beyond 2^23 a float is whole already.
 inline I to_int32(F x) {
   const F sign_and_half = F((U(x) & 0x80000000u) | 0x4b000000u);  // 2^23 with the sign of x

@@ -16,9 +16,12 @@ constexpr double kUnits = double(int64_t(1) << realign::kFixedPointBits);
 
 // Squares of float32 values are exact enough between these, and neither overflow nor vanish.
 constexpr double kSmallestSquare = 1e-28, kLargestSquare = 1e30;
-// Below this dimension, and for norms below this, the fused float32 form loses digits.
+// Below this dimension, and for squared norms below this, the fused float32 form loses digits.
 constexpr int64_t kSmallestFusedDim = 64;
-constexpr double kSmallestFusedNorm = 0.5;
+constexpr double kSmallestFusedSquare = 0.25;
+// How far before its use memory is asked for: enough to cover its latency, little enough for a cache of the second
+// level.
+constexpr int64_t kAheadBytes = 48 << 10;
 
 template <typename T>
 inline const T* row_at(const RowRange& rows, int64_t index) {
@@ -39,25 +42,26 @@ inline void store_first(T* out, int64_t count, F value) {
   __builtin_memcpy(out, padded, size_t(count) * sizeof(T));
 }
 
-inline double sum_of(F value) {
-  float lanes[W];
-  store(lanes, value);
-  double sums[W];
-  for (int lane = 0; lane < W; ++lane) sums[lane] = double(lanes[lane]);
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
-  return sums[0];
-}
+// Asks for what a later block will read, a little with every step of both sweeps over this one: a burst of requests
+// would be dropped by the processor, and between bursts the memory would rest.
+struct Ahead {
+  const char* at;
+  void step(int64_t bytes) {
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line, 0, 2);
+    at += bytes;
+  }
+};
 
 // out[0] = x.x, out[k] = x.v[k-1]; the v are padded. Four sums each, so that no addition waits for the one before.
 template <int K, typename T>
-inline void dots(const T* x, const float* const* v, int64_t dim, double* out) {
+inline void dots(const T* x, const float* const* v, int64_t dim, double* out, Ahead* ahead) {
   constexpr int kSums = 4;
   F sums[kSums][K + 1];
   for (int i = 0; i < kSums; ++i)
     for (int k = 0; k <= K; ++k) sums[i][k] = zero();
   int64_t j = 0;
   for (; j + kSums * W <= dim; j += kSums * W) {
+    if (ahead) ahead->step(kSums * W * int64_t(sizeof(T)) / 2);
 #pragma GCC unroll 4
     for (int i = 0; i < kSums; ++i) {
       const int64_t at = j + i * W;
@@ -163,6 +167,12 @@ inline void add_row(const double* row, int64_t dim, int64_t* sums) {
   for (int64_t j = 0; j < dim; ++j) sums[j] += int64_t(__builtin_rint(row[j] * kUnits));
 }
 
+inline int block_size(const RowRange& rows, int64_t first) {
+  return int(rows.num_rows - first < kRowsPerBlock ? rows.num_rows - first : kRowsPerBlock);
+}
+
+inline Ahead ahead_of(const RowRange& rows, int64_t first) { return {rows.data + first * rows.stride + kAheadBytes}; }
+
 // ---- Moments ------------------------------------------------------------------------------------------------------
 
 inline uint64_t mix(uint64_t x) {
@@ -199,19 +209,23 @@ struct PlainRows {
 
 template <typename T>
 struct MappedRows {
-  const Map& map;
+  const float *shift, *correction;
   inline F value(const Block<T>& block, int k, F x, int64_t j) const {
-    const F rest = fma(set1(block.shift_factor[k]), load(map.shift + j),
-                       mul(set1(block.correction_factor[k]), load(map.correction + j)));
+    const F rest =
+        fma(set1(block.shift_factor[k]), load(shift + j), mul(set1(block.correction_factor[k]), load(correction + j)));
     return fma(set1(block.row_factor[k]), x, rest);
   }
 };
 
-template <typename T, typename Rows>
-inline void add_columns(const Block<T>& block, const Rows& rows, int count, int64_t dim, int64_t* sums) {
+template <int kCount, typename T, typename Rows>
+inline void add_columns(const Block<T>& given, const Rows& rows, int64_t dim, int64_t* sums, Ahead ahead) {
+  const Block<T> block = given;  // its own, so that no store to the sums can be thought to change it
+  const int count = kCount ? kCount : block.count;
   int64_t j = 0;
   for (; j + W <= dim; j += W) {
+    ahead.step(kCount * W * int64_t(sizeof(T)) / 2);
     I sum = to_int32(rows.value(block, 0, load(block.rows[0] + j), j));
+#pragma GCC unroll 8
     for (int k = 1; k < count; ++k) sum = add(sum, to_int32(rows.value(block, k, load(block.rows[k] + j), j)));
     add_to_int64(sums + j, sum);
   }
@@ -224,12 +238,12 @@ inline void add_columns(const Block<T>& block, const Rows& rows, int count, int6
 }
 
 template <typename T, typename Rows>
-inline void add_block(const Block<T>& block, const Rows& rows, int64_t dim, int64_t* sums) {
+inline void add_block(const Block<T>& block, const Rows& rows, int64_t dim, int64_t* sums, Ahead ahead) {
   // A full block has a constant trip count, so that the loop over its rows unrolls.
   if (block.count == kRowsPerBlock)
-    add_columns(block, rows, kRowsPerBlock, dim, sums);
+    add_columns<kRowsPerBlock>(block, rows, dim, sums, ahead);
   else if (block.count > 0)
-    add_columns(block, rows, block.count, dim, sums);
+    add_columns<0>(block, rows, dim, sums, ahead);
 }
 
 inline double key_projection(const double* row, const float* projection, int64_t dim) {
@@ -242,23 +256,26 @@ template <typename T>
 void moments(const RowRange& rows, int64_t* sums, uint64_t* keys, const float* projection, double* scratch,
              BadRows* bad) {
   for (int64_t first = 0; first < rows.num_rows; first += kRowsPerBlock) {
-    const int64_t last = first + kRowsPerBlock < rows.num_rows ? first + kRowsPerBlock : rows.num_rows;
+    const int count = block_size(rows, first);
     // All products before all square roots: so the processor waits for neither.
     double products[kRowsPerBlock][2];
-    for (int64_t i = first; i < last; ++i) {
+    Ahead ahead = ahead_of(rows, first);
+    for (int k = 0; k < count; ++k) {
+      const T* x = row_at<T>(rows, first + k);
       if (keys)
-        dots<1>(row_at<T>(rows, i), &projection, rows.dim, products[i - first]);
+        dots<1>(x, &projection, rows.dim, products[k], &ahead);
       else
-        dots<0>(row_at<T>(rows, i), nullptr, rows.dim, products[i - first]);
+        dots<0>(x, nullptr, rows.dim, products[k], &ahead);
     }
     Block<T> block;
-    for (int64_t i = first; i < last; ++i) {
+    for (int k = 0; k < count; ++k) {
+      const int64_t i = first + k;
       const T* x = row_at<T>(rows, i);
-      const double square = products[i - first][0];
+      const double square = products[k][0];
       if (fits_float32(square)) {
         block.rows[block.count] = x;
         block.row_factor[block.count++] = float(kUnits / __builtin_sqrt(square));
-        if (keys) keys[i] = key_of(square, products[i - first][1]);
+        if (keys) keys[i] = key_of(square, products[k][1]);
         continue;
       }
       const RowKind kind = unit_row(x, rows.dim, scratch);
@@ -266,7 +283,7 @@ void moments(const RowRange& rows, int64_t* sums, uint64_t* keys, const float* p
       if (kind == kGood) add_row(scratch, rows.dim, sums);
       if (keys) keys[i] = kind == kGood ? key_of(0, key_projection(scratch, projection, rows.dim)) : 0;
     }
-    add_block(block, PlainRows<T>(), rows.dim, sums);
+    add_block(block, PlainRows<T>(), rows.dim, sums, ahead);
   }
 }
 
@@ -283,52 +300,63 @@ void moments<double>(const RowRange& rows, int64_t* sums, uint64_t* keys, const 
 
 // ---- The fused map ------------------------------------------------------------------------------------------------
 
+// The factors of row, shift and correction in the outputs of a block, side by side: independent of each other, their
+// square roots and divisions run at the processor's rate and not one after the other.
 struct Factors {
-  double row, shift, correction;
+  double row[kRowsPerBlock], shift[kRowsPerBlock], correction[kRowsPerBlock];
+  bool fused[kRowsPerBlock];  // false where the row must go the long way
 };
 
-// The factors of row, shift and correction in the output; false where the row must go the long way.
 template <typename T>
-inline bool fused_factors(const T* x, const Map& map, int64_t dim, Factors* factors) {
-  double products[3];
+inline Factors factors_of(const RowRange& rows, int64_t first, int count, const Map& map, Ahead* ahead) {
+  double products[kRowsPerBlock][3] = {};
   const float* const vectors[2] = {map.shift, map.correction};
-  dots<2>(x, vectors, dim, products);
-  if (dim < kSmallestFusedDim || !fits_float32(products[0])) return false;
-  const double s = map.scale;
-  const double r = 1 / __builtin_sqrt(products[0]);
-  const double u_shift = r * products[1], u_correction = r * products[2];
-  const double norm1 = __builtin_sqrt(s * s + 2 * s * u_shift + map.shift_shift);
-  const double v_correction = (s * u_correction + map.shift_correction) / norm1;
-  const double norm2 = __builtin_sqrt(1 + 2 * v_correction + map.correction_correction);
-  if (!(norm1 >= kSmallestFusedNorm && norm2 >= kSmallestFusedNorm)) return false;
-  factors->row = s * r / (norm1 * norm2);
-  factors->shift = 1 / (norm1 * norm2);
-  factors->correction = 1 / norm2;
-  return true;
+  for (int k = 0; k < count; ++k) dots<2>(row_at<T>(rows, first + k), vectors, rows.dim, products[k], ahead);
+  const double s = map.scale, shift_shift = map.shift_shift, shift_correction = map.shift_correction;
+  const double correction_correction = map.correction_correction;
+  Factors factors;
+  double square1[kRowsPerBlock], square2[kRowsPerBlock];
+  for (int k = 0; k < kRowsPerBlock; ++k) {
+    const double r = 1 / __builtin_sqrt(products[k][0]);
+    const double u_shift = r * products[k][1], u_correction = r * products[k][2];
+    square1[k] = s * s + 2 * s * u_shift + shift_shift;
+    const double inverse1 = 1 / __builtin_sqrt(square1[k]);
+    const double v_correction = (s * u_correction + shift_correction) * inverse1;
+    square2[k] = 1 + 2 * v_correction + correction_correction;
+    const double inverse2 = 1 / __builtin_sqrt(square2[k]);
+    factors.row[k] = s * r * inverse1 * inverse2;
+    factors.shift[k] = inverse1 * inverse2;
+    factors.correction[k] = inverse2;
+  }
+  for (int k = 0; k < kRowsPerBlock; ++k)
+    factors.fused[k] = rows.dim >= kSmallestFusedDim && fits_float32(products[k][0]) &&
+                       square1[k] >= kSmallestFusedSquare && square2[k] >= kSmallestFusedSquare;
+  return factors;
 }
 
 template <typename T>
 void transformed_moments(const RowRange& rows, const Map& map, int64_t* sums, double* scratch, BadRows* bad) {
   for (int64_t first = 0; first < rows.num_rows; first += kRowsPerBlock) {
-    const int64_t last = first + kRowsPerBlock < rows.num_rows ? first + kRowsPerBlock : rows.num_rows;
+    const int count = block_size(rows, first);
+    Ahead ahead = ahead_of(rows, first);
+    const Factors factors = factors_of<T>(rows, first, count, map, &ahead);
     Block<T> block;
-    for (int64_t i = first; i < last; ++i) {
-      const T* x = row_at<T>(rows, i);
-      Factors factors;
-      if (fused_factors(x, map, rows.dim, &factors)) {
-        block.rows[block.count] = x;
-        block.row_factor[block.count] = float(factors.row * kUnits);
-        block.shift_factor[block.count] = float(factors.shift * kUnits);
-        block.correction_factor[block.count++] = float(factors.correction * kUnits);
+    for (int k = 0; k < count; ++k) {
+      const int64_t i = first + k;
+      if (factors.fused[k]) {
+        block.rows[block.count] = row_at<T>(rows, i);
+        block.row_factor[block.count] = float(factors.row[k] * kUnits);
+        block.shift_factor[block.count] = float(factors.shift[k] * kUnits);
+        block.correction_factor[block.count++] = float(factors.correction[k] * kUnits);
         continue;
       }
-      const RowKind kind = unit_row(x, rows.dim, scratch);
+      const RowKind kind = unit_row(row_at<T>(rows, i), rows.dim, scratch);
       count_bad(kind, i, bad);
       if (kind != kGood) continue;
       map_unit_row(map, rows.dim, scratch);
       add_row(scratch, rows.dim, sums);
     }
-    add_block(block, MappedRows<T>{map}, rows.dim, sums);
+    add_block(block, MappedRows<T>{map.shift, map.correction}, rows.dim, sums, ahead);
   }
 }
 
@@ -358,53 +386,57 @@ inline void write_long(const RowRange& rows, const Map& map, int64_t i, Out* out
   }
 }
 
-// out = row_factor x + shift_factor shift + correction_factor correction. `next` is the row that comes after: asking
-// for it here keeps the memory busy while this one is written.
+// out = row_factor x + shift_factor shift + correction_factor correction.
 template <bool kStream, typename In, typename Out>
-inline void write_fused(const In* x, const Map& map, const Factors& factors, int64_t dim, Out* out, const In* next) {
-  const F row_factor = set1(float(factors.row));
-  const F shift_factor = set1(float(factors.shift));
-  const F correction_factor = set1(float(factors.correction));
+inline void write_fused(const In* x, const float* shift, const float* correction, float row_factor, float shift_factor,
+                        float correction_factor, int64_t dim, Out* out, Ahead* ahead) {
+  const F factor = set1(row_factor), factor_of_shift = set1(shift_factor),
+          factor_of_correction = set1(correction_factor);
   const auto value = [&](F a, int64_t j) __attribute__((always_inline)) {
-    const F rest = fma(shift_factor, load(map.shift + j), mul(correction_factor, load(map.correction + j)));
-    return fma(row_factor, a, rest);
+    const F rest = fma(factor_of_shift, load(shift + j), mul(factor_of_correction, load(correction + j)));
+    return fma(factor, a, rest);
   };
-  int64_t j = 0;
-  if (kStream) {
-    constexpr int64_t kAligned = W * int64_t(sizeof(Out));
-    const int64_t past = int64_t(reinterpret_cast<uintptr_t>(out) % uintptr_t(kAligned));
-    const int64_t head = past ? (kAligned - past) / int64_t(sizeof(Out)) : 0;
-    if (head) store_first(out, head, value(load_first(x, head), 0));
-    j = head;
+  const auto write = [&](int64_t from, int64_t to) __attribute__((always_inline)) {
+    int64_t j = from;
+    for (; j + W <= to; j += W) store(out + j, value(load(x + j), j));
+    if (j < to) store_first(out + j, to - j, value(load_first(x + j, to - j), j));
+  };
+  if (!kStream) return write(0, dim);
+  // Whole lines pass the caches. A line that two rows share must not: the halves of it would each cost a read and a
+  // write.
+  constexpr int64_t kLine = 64 / int64_t(sizeof(Out));
+  const int64_t past = int64_t(reinterpret_cast<uintptr_t>(out) % 64) / int64_t(sizeof(Out));
+  const int64_t begin = past == 0 ? 0 : kLine - past < dim ? kLine - past : dim;
+  const int64_t end = begin + (dim - begin) / kLine * kLine;
+  write(0, begin);
+  for (int64_t j = begin; j < end; j += kLine) {
+    ahead->step(kLine * int64_t(sizeof(In)) / 2);
+#pragma GCC unroll 8
+    for (int64_t k = j; k < j + kLine; k += W) stream(out + k, value(load(x + k), k));
   }
-  for (; j + W <= dim; j += W) {
-    __builtin_prefetch(next + j);
-    const F y = value(load(x + j), j);
-    if (kStream)
-      stream(out + j, y);
-    else
-      store(out + j, y);
-  }
-  if (j < dim) store_first(out + j, dim - j, value(load_first(x + j, dim - j), j));
+  write(end, dim);
 }
 
 template <typename In, typename Out>
 void row_transform(const RowRange& rows, const Map& map, char* out_data, int64_t out_stride, bool nontemporal,
                    double* scratch, BadRows* bad) {
-  for (int64_t i = 0; i < rows.num_rows; ++i) {
-    const In* x = row_at<In>(rows, i);
-    Out* out = reinterpret_cast<Out*>(out_data + i * out_stride);
-    Factors factors;
-    if (!fused_factors(x, map, rows.dim, &factors)) {
-      write_long<In>(rows, map, i, out, scratch, bad);
-      continue;
+  for (int64_t first = 0; first < rows.num_rows; first += kRowsPerBlock) {
+    const int count = block_size(rows, first);
+    Ahead ahead = ahead_of(rows, first);
+    const Factors factors = factors_of<In>(rows, first, count, map, &ahead);
+    for (int k = 0; k < count; ++k) {
+      const In* x = row_at<In>(rows, first + k);
+      Out* out = reinterpret_cast<Out*>(out_data + (first + k) * out_stride);
+      const float row = float(factors.row[k]), shift = float(factors.shift[k]);
+      const float correction = float(factors.correction[k]);
+      // A stream needs whole elements up to the next aligned address.
+      if (!factors.fused[k])
+        write_long<In>(rows, map, first + k, out, scratch, bad);
+      else if (nontemporal && reinterpret_cast<uintptr_t>(out) % sizeof(Out) == 0)
+        write_fused<true>(x, map.shift, map.correction, row, shift, correction, rows.dim, out, &ahead);
+      else
+        write_fused<false>(x, map.shift, map.correction, row, shift, correction, rows.dim, out, &ahead);
     }
-    const In* next = i + 1 < rows.num_rows ? row_at<In>(rows, i + 1) : x;
-    // A stream needs whole elements up to the next aligned address.
-    if (nontemporal && reinterpret_cast<uintptr_t>(out) % sizeof(Out) == 0)
-      write_fused<true>(x, map, factors, rows.dim, out, next);
-    else
-      write_fused<false>(x, map, factors, rows.dim, out, next);
   }
   if (nontemporal) fence();
 }
@@ -421,7 +453,7 @@ void row_transform_long(const RowRange& rows, const Map& map, char* out_data, in
 template <typename T>
 inline bool surely_good(const T* x, int64_t dim) {
   double square;
-  dots<0>(x, nullptr, dim, &square);
+  dots<0>(x, nullptr, dim, &square, nullptr);
   return fits_float32(square);
 }
 inline bool surely_good(const double*, int64_t) { return false; }
@@ -451,7 +483,10 @@ uint64_t stream_read(const char* data, int64_t size) {
 void stream_copy(const char* source, char* target, int64_t size, bool nontemporal) {
   constexpr int64_t kStep = W * int64_t(sizeof(float));
   int64_t at = 0;
-  if (nontemporal && reinterpret_cast<uintptr_t>(target) % uintptr_t(kStep) == 0) {
+  if (nontemporal) {
+    const int64_t head = -int64_t(reinterpret_cast<uintptr_t>(target)) & 63;
+    at = head < size ? head : size;
+    __builtin_memcpy(target, source, size_t(at));
     for (; at + kStep <= size; at += kStep)
       stream(reinterpret_cast<float*>(target + at), load(reinterpret_cast<const float*>(source + at)));
     fence();

@@ -39,6 +39,7 @@ inline void stream(T* out, F value) {
 }
 inline void fence() {}
 
+inline double sum_of(F x) { return vaddvq_f64(vaddq_f64(vcvt_f64_f32(vget_low_f32(x)), vcvt_high_f64_f32(x))); }
 inline I to_int32(F x) { return {vcvtnq_s32_f32(x)}; }
 inline I load_int32(const char* x) { return {vreinterpretq_s32_u8(vld1q_u8(reinterpret_cast<const uint8_t*>(x)))}; }
 inline void add_to_int64(int64_t* sums, I x) {
