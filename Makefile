@@ -10,7 +10,7 @@ CXX_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/simd/*.cpp csrc/simd/*.h)
 INSTALLED = $(VENV)/installed
 INSTALLED_FROM = pyproject.toml setup.py constraints.txt $(CXX_FILES)
 
-.PHONY: test test-all lint types clean
+.PHONY: test test-all demo lint types clean
 .DEFAULT_GOAL = test
 
 test: $(INSTALLED)
@@ -18,6 +18,9 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(BIN)/pytest -m 'slow or not slow'
+
+demo: $(INSTALLED)
+	$(BIN)/realign demo --overwrite
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -11,27 +11,29 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextmanager
-def progress(description: str, total: int | None, *, enabled: bool) -> Iterator[Callable[[int], None]]:
-    """Yield a function that is told how many more rows are done."""
+def progress(
+    description: str, total: int | None, *, enabled: bool, unit: str = "rows"
+) -> Iterator[Callable[[int], None]]:
+    """Yield a function that is told how many more rows (or whatever `unit` names) are done."""
     if not enabled:
         yield lambda _: None
     elif sys.stderr.isatty():
         from tqdm import tqdm
 
-        with tqdm(total=total, desc=description, unit=" rows", unit_scale=True, file=sys.stderr) as bar:
-            yield lambda rows: bar.update(rows) and None
+        with tqdm(total=total, desc=description, unit=f" {unit}", unit_scale=True, file=sys.stderr) as bar:
+            yield lambda count: bar.update(count) and None
     else:
-        yield _Lines(description, total)
+        yield _Lines(description, total, unit)
 
 
 class _Lines:
-    def __init__(self, description: str, total: int | None) -> None:
-        self._description, self._total = description, total
+    def __init__(self, description: str, total: int | None, unit: str) -> None:
+        self._description, self._total, self._unit = description, total, unit
         self._done = 0
         self._start = self._last = time.monotonic()
 
-    def __call__(self, rows: int) -> None:
-        self._done += rows
+    def __call__(self, count: int) -> None:
+        self._done += count
         now = time.monotonic()
         if self._done != self._total and now - self._last < _SECONDS_BETWEEN_LINES:
             return
@@ -39,4 +41,5 @@ class _Lines:
         rate = self._done / max(now - self._start, 1e-9)
         of = "" if self._total is None else f" of {self._total:,}"
         left = "" if self._total is None else f", {max(0, self._total - self._done) / rate:.0f} s left"
-        print(f"{self._description}: {self._done:,}{of} rows, {rate:,.0f} rows/s{left}", file=sys.stderr)
+        unit = self._unit
+        print(f"{self._description}: {self._done:,}{of} {unit}, {rate:,.0f} {unit}/s{left}", file=sys.stderr)

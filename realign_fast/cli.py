@@ -179,6 +179,13 @@ def _bench(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"command": "bench", **result}
 
 
+def _demo(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .demo.run import run
+
+    summary = run(arguments.output, overwrite=arguments.overwrite)
+    return {"command": "demo", "output": str(arguments.output), **summary}
+
+
 def _check_output_file(path: str) -> None:
     """Refuse, before hours of reading, an output that could not be written after them."""
     target = Path(path)
@@ -276,6 +283,10 @@ def _parser() -> argparse.ArgumentParser:
     bench = command("bench", _bench, "time the kernels against this machine's read and copy speed")
     bench.add_argument("--json", metavar="FILE", help="also write the result there")
     bench.add_argument("--quick", action="store_true", help="one dimension and small sizes, for a first look")
+
+    demo = command("demo", _demo, "the whole job on embeddings it makes itself, in about two minutes")
+    demo.add_argument("-o", "--output", default="realign-demo", metavar="DIR", help="default: realign-demo")
+    demo.add_argument("--overwrite", action="store_true", help="replace what an earlier demo wrote")
     return parser
 
 

@@ -1,0 +1,1 @@
+"""What the two clouds look like, before and after."""
