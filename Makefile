@@ -10,7 +10,7 @@ CXX_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/simd/*.cpp csrc/simd/*.h)
 INSTALLED = $(VENV)/installed
 INSTALLED_FROM = pyproject.toml setup.py constraints.txt $(CXX_FILES)
 
-.PHONY: test test-all demo lint types clean
+.PHONY: test test-all demo bench lint types clean
 .DEFAULT_GOAL = test
 
 test: $(INSTALLED)
@@ -21,6 +21,11 @@ test-all: $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(BIN)/realign demo --overwrite
+
+bench: $(INSTALLED)
+	$(BIN)/python bench/kernels.py --json bench/results/kernels.json
+	$(BIN)/python bench/commands.py --json bench/results/commands.json
+	$(BIN)/python bench/tables.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -42,4 +42,7 @@ class _Lines:
         of = "" if self._total is None else f" of {self._total:,}"
         left = "" if self._total is None else f", {max(0, self._total - self._done) / rate:.0f} s left"
         unit = self._unit
-        print(f"{self._description}: {self._done:,}{of} {unit}, {rate:,.0f} {unit}/s{left}", file=sys.stderr)
+        print(
+            f"{self._description}: {self._done:,}{of} {unit}, {rate:,.{0 if rate >= 10 else 1}f} {unit}/s{left}",
+            file=sys.stderr,
+        )

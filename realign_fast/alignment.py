@@ -23,7 +23,7 @@ from ._progress import progress as show_progress
 from ._rows import as_rows, dtype_name, is_tensor, refuse_gradients
 from ._sample import Sample
 from .backends import choose, count_threads
-from .io.sources import Batch, Source, file_paths, open_source
+from .io.sources import Batch, Source, count_rows, file_paths, open_source
 from .methods import Method, Parameters, Solution, check_sets, get_method
 from .moments import Moments, OnBadRows, check_on_bad_rows
 
@@ -500,7 +500,7 @@ def apply_files(
         return bad
 
     job = {"alignment": alignment.fingerprint, "side": side, "on_bad_rows": on_bad_rows}
-    with show_progress("apply", None, enabled=progress) as advance:
+    with show_progress("apply", count_rows(paths, column) if progress else None, enabled=progress) as advance:
         return rewrite(
             paths,
             out_dir,

@@ -259,8 +259,7 @@ class _FileSource(Source):
         self._paths = paths
         self._shards = [open_shard(path, column) for path in paths]
         self._batch_bytes = batch_bytes
-        counts = [shard.num_rows for shard in self._shards]
-        self.num_rows = None if None in counts else sum(count or 0 for count in counts)
+        self.num_rows = _sum_of(shard.num_rows for shard in self._shards)
         self.dim, self.dtype, self._first = 0, "", paths[0]
         for shard in self._shards:
             self._check(shard.path, shard.dim, shard.dtype)
@@ -301,6 +300,20 @@ class _FileSource(Source):
 
 def _first(rows: Rows, limit: int | None, done: int) -> Rows:
     return rows if limit is None else Rows(rows.values[: max(0, limit - done)], rows.dtype)
+
+
+def count_rows(paths: list[Path], column: str | None = None) -> int | None:
+    """Return how many rows the headers of `paths` state; None where only reading a file tells."""
+    return _sum_of(open_shard(path, column).num_rows for path in paths)
+
+
+def _sum_of(counts: Iterable[int | None]) -> int | None:
+    total = 0
+    for count in counts:
+        if count is None:
+            return None
+        total += count
+    return total
 
 
 def file_paths(data: Any) -> list[Path]:

@@ -124,6 +124,8 @@ def rewrite(
     folder.mkdir(parents=True, exist_ok=True)
     _manifest.remove_temporaries(folder, {name for target in targets for name in target.names})
     journal = Journal(folder, head, finished.values(), former)
+    if progress is not None and finished:
+        progress(sum(entry["rows"] for entry in finished.values()))
     try:
         run = _Run(transform, column, id_column, dtype, journal, progress)
         run.do(left)
