@@ -24,6 +24,7 @@ from ._version import __version__
 from .backends import count_threads
 
 DIMS = (512, 768, 1024, 1280, 4096)
+_BYTES, _QUICK_BYTES = 1 << 30, 64 << 20
 
 
 def interleave(cases: Mapping[str, Callable[[], object]], rounds: int, calls: int = 1) -> dict[str, list[float]]:
@@ -117,7 +118,7 @@ def run(*, quick: bool = False) -> dict[str, Any]:
         bytes that must cross the memory, and `share`, the speed over that of the fastest plain read or copy.
     """
     threads = count_threads(None)
-    total_bytes = (64 if quick else 1024) << 20
+    total_bytes = _QUICK_BYTES if quick else _BYTES
     lines = []
     print(f"{'kernel':14} {'dtype':9} {'dim':>5} {'GB/s':>7} {'share':>6} {'spread':>7}", file=sys.stderr)
     for dim in (768,) if quick else DIMS:
