@@ -14,7 +14,7 @@ inline F set1(float x) { return F{x, x, x, x}; }
 inline F add(F a, F b) { return a + b; }
 inline F mul(F a, F b) { return a * b; }
 inline F fma(F a, F b, F c) { return a * b + c; }
-inline I add(I a, I b) { return a + b; }
+inline I add(I a, I b) { return I(U(a) + U(b)); }  // as the instruction sets do, it wraps
 inline U pick(I mask, U a, U b) { return (U(mask) & a) | (~U(mask) & b); }
 
 inline F load(const float* x) {
