@@ -4,13 +4,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-CXX_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/simd/*.cpp csrc/simd/*.h)
+EXTENSION_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/simd/*.cpp csrc/simd/*.h)
+CXX_TESTS = $(wildcard tests/cpp/test_*.cpp)
+CXX_FILES = $(EXTENSION_FILES) $(CXX_TESTS) $(wildcard tests/cpp/*.h)
 
 # The environment is whole once this file exists; it is made anew where the requirements or the C++ code have changed.
 INSTALLED = $(VENV)/installed
-INSTALLED_FROM = pyproject.toml setup.py constraints.txt $(CXX_FILES)
+INSTALLED_FROM = pyproject.toml setup.py constraints.txt $(EXTENSION_FILES)
 
-.PHONY: test test-all demo bench lint types clean
+.PHONY: test test-all demo bench lint types sanitize clean
 .DEFAULT_GOAL = test
 
 test: $(INSTALLED)
@@ -34,6 +36,21 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/mypy --strict realign_fast
+
+# The C++ code without Python, watched for reads and writes outside of memory and for undefined behaviour.
+SANITIZE = -std=c++17 -Wall -Wextra -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc -pthread
+SANITIZED = $(patsubst csrc/%.cpp,build/sanitize/%.o,$(filter-out csrc/bindings.cpp,$(filter %.cpp,$(EXTENSION_FILES))))
+SANITIZED_TESTS = $(patsubst tests/cpp/%.cpp,build/sanitize/%,$(CXX_TESTS))
+
+sanitize: $(SANITIZED_TESTS)
+	set -e; for program in $^; do $$program; done
+
+build/sanitize/%.o: csrc/%.cpp $(filter %.h,$(EXTENSION_FILES)) Makefile
+	mkdir -p $(@D)
+	$(CXX) $(SANITIZE) -c $< -o $@
+
+$(SANITIZED_TESTS): build/sanitize/%: tests/cpp/%.cpp tests/cpp/check.h $(SANITIZED)
+	$(CXX) $(SANITIZE) $< $(SANITIZED) -o $@
 
 # The extension goes first: setuptools would keep it where only compiler flags have changed.
 $(INSTALLED): $(INSTALLED_FROM)
