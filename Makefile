@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 
 EXTENSION_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/simd/*.cpp csrc/simd/*.h)
 CXX_TESTS = $(wildcard tests/cpp/test_*.cpp)
-CXX_FILES = $(EXTENSION_FILES) $(CXX_TESTS) $(wildcard tests/cpp/*.h)
+CXX_FILES = $(EXTENSION_FILES) $(CXX_TESTS) $(wildcard tests/cpp/*.h tests/cpp/emulated/*.h)
 
 # The environment is whole once this file exists; it is made anew where the requirements or the C++ code have changed.
 INSTALLED = $(VENV)/installed
