@@ -274,7 +274,7 @@ def test_verify_finds_what_is_wrong(tmp_path, text):
     problems = verify(out)["problems"]
     assert len(problems) == 4
     for problem, start in zip(
-        problems, ("part_0.npy: No such", "part_1.npy has changed", "part_2.npy has", "extra.npy")
+        problems, ("part_0.npy: No such", "part_1.npy has changed", "part_2.npy has", "extra.npy"), strict=True
     ):
         assert problem.startswith(start)
     with pytest.raises(FileNotFoundError, match=MANIFEST):
