@@ -1,6 +1,14 @@
+import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
+from numpy.typing import NDArray
+from pyarrow import parquet
+from safetensors.numpy import save_file
 
 
 @pytest.fixture(scope="session")
@@ -10,3 +18,31 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real embeddings at {folder}")
     return folder
+
+
+def _write_shard(path: Path, values: NDArray[Any], ids: list[Any] | None = None) -> Path:
+    """Write a file of embeddings in the format of its suffix, ids where the format takes them."""
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+    table = pa.table({"embedding": lists} if ids is None else {"id": ids, "embedding": lists})
+    match path.suffix:
+        case ".npy":
+            np.save(path, values)
+        case ".safetensors":
+            save_file({"embedding": np.ascontiguousarray(values)}, path)
+        case ".parquet":
+            parquet.write_table(table, path)
+        case ".arrow":
+            with pa.ipc.new_file(path, table.schema) as writer:
+                writer.write_table(table)
+        case ".pkl":
+            ids = list(range(len(values))) if ids is None else ids
+            path.write_bytes(pickle.dumps([{"id": i, "embed": row.copy()} for i, row in zip(ids, values, strict=True)]))
+        case suffix:
+            raise ValueError(suffix)
+    return path
+
+
+@pytest.fixture(scope="session")
+def write_shard() -> Callable[..., Path]:
+    """Return the function `write_shard(path, values, ids=None)`."""
+    return _write_shard
