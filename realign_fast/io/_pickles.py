@@ -12,6 +12,7 @@ import math
 import pickle
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from .._rows import dtype_name
 from ._raw import Blocks, Chunk, check_shape
 
 _COLUMNS = ("embedding", "embed")
+# Old protocols hold the bytes of an array as text, which is encoded and then copied.
+_MAX_COPIES = 4
 
 
 class PickleShard:
@@ -120,7 +123,7 @@ def load_pickle(path: Path) -> list[dict[str, Any]]:
     try:
         _C.scan_pickle(data)
         # Python 2 wrote array bytes as str; latin1 gives them back unchanged.
-        value = _Unpickler(io.BytesIO(data), encoding="latin1").load()
+        value = _Unpickler(data).load()
     except (MemoryError, RecursionError):
         raise ValueError(f"{path}: refused: it needs more memory than its size explains") from None
     except Exception as error:  # a hostile pickle can make the unpickler raise anything
@@ -134,13 +137,31 @@ def load_pickle(path: Path) -> list[dict[str, Any]]:
 
 
 class _Unpickler(pickle.Unpickler):
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data), encoding="latin1")
+        self._admitted = _admitted(_Budget(_MAX_COPIES * len(data)))
+
     def find_class(self, module: str, name: str) -> Any:
-        found = _ADMITTED.get((module.replace("numpy._core", "numpy.core"), name))
+        found = self._admitted.get((module.replace("numpy._core", "numpy.core"), name))
         if found is not None:
             return found
         if module.split(".")[0] == "torch":
             raise pickle.UnpicklingError("it holds a torch tensor: pickle tensor.cpu().float().numpy() instead")
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is neither a plain value nor a NumPy array")
+
+
+class _Budget:
+    """How many bytes arrays and scalars may still copy: a pickle can name the same bytes any number of times."""
+
+    __slots__ = ("_left",)
+
+    def __init__(self, num_bytes: int) -> None:
+        self._left = num_bytes
+
+    def spend(self, num_bytes: int) -> None:
+        self._left -= num_bytes
+        if self._left < 0:
+            raise pickle.UnpicklingError("its arrays need more memory than its size explains")
 
 
 class _Name:
@@ -165,7 +186,7 @@ class _Dtype:
 
     def __init__(self, text: object, align: object = False, copy: object = True) -> None:
         if not isinstance(text, str) or not re.fullmatch(r"[biuf][1248]|[US][1-9]\d{0,5}", text):
-            raise pickle.UnpicklingError(f"dtype {str(text)[:40]!r} is not that of plain numbers or strings")
+            raise pickle.UnpicklingError(f"dtype {_short(text)} is not that of plain numbers or strings")
         self._text = text
         self._order = "="
 
@@ -184,51 +205,64 @@ class _Dtype:
 class _Array(np.ndarray[Any, Any]):
     """An array that is filled by its pickled state, once that has been checked."""
 
+    __slots__ = ("budget",)
+    budget: _Budget
+
     def __setstate__(self, state: Any, /) -> None:
         if type(state) is not tuple or len(state) != 5:
             raise pickle.UnpicklingError("the state of an array is damaged")
         _, shape, dtype, fortran, data = state
-        if isinstance(data, str):
-            data = data.encode("latin1")
-        checked = _checked(data, dtype, shape)
+        checked, data = _checked(self.budget, data, dtype, shape)
         super().__setstate__((1, shape, checked, bool(fortran), bytes(data)))  # type: ignore[arg-type]
 
     def __reduce__(self) -> Any:
         return self.view(np.ndarray).__reduce__()
 
 
-def _checked(data: object, dtype: object, shape: object) -> np.dtype[Any]:
+def _checked(budget: _Budget, data: Any, dtype: object, shape: object) -> tuple[np.dtype[Any], Any]:
+    """Return the dtype, and the bytes, of an array that is what it claims to be."""
+    if isinstance(data, str):
+        budget.spend(len(data))
+        data = data.encode("latin1")
     if type(dtype) is not _Dtype or type(data) not in (bytes, bytearray):
         raise pickle.UnpicklingError("an array holds objects or names no dtype")
     if type(shape) is not tuple or len(shape) > 8 or not all(type(n) is int and n >= 0 for n in shape):
-        raise pickle.UnpicklingError(f"an array has the shape {str(shape)[:80]}")
+        raise pickle.UnpicklingError(f"an array has the shape {_short(shape)}")
     resolved = dtype.resolve()
     expected = math.prod(shape) * resolved.itemsize
-    if expected != len(data):  # type: ignore[arg-type]
-        raise pickle.UnpicklingError(f"an array of shape {shape} needs {expected} bytes, got {len(data)}")  # type: ignore[arg-type]
-    if any(n > len(data) for n in shape):  # type: ignore[arg-type]
+    if expected != len(data):
+        raise pickle.UnpicklingError(f"an array of shape {shape} needs {expected} bytes, got {len(data)}")
+    if any(n > len(data) for n in shape):
         raise pickle.UnpicklingError(f"an array has the shape {shape}")
-    return resolved
+    budget.spend(len(data))
+    return resolved, data
 
 
-def _reconstruct(kind: object, shape: object, code: object) -> NDArray[Any]:
-    return _Array((0,), np.uint8)
+def _short(value: object) -> str:
+    """Return what `value` is: the text of a container that holds others many times over would not end."""
+    return repr(value[:40]) if isinstance(value, str) else f"a {type(value).__name__}"
 
 
-def _from_buffer(data: Any, dtype: object, shape: Any, order: object) -> NDArray[Any]:
-    resolved = _checked(data, dtype, shape)
+def _reconstruct(budget: _Budget, kind: object, shape: object, code: object) -> NDArray[Any]:
+    array = _Array((0,), np.uint8)
+    array.budget = budget
+    return array
+
+
+def _from_buffer(budget: _Budget, data: Any, dtype: object, shape: Any, order: object) -> NDArray[Any]:
+    resolved, data = _checked(budget, data, dtype, shape)
     return np.frombuffer(data, resolved).reshape(shape, order="F" if order == "F" else "C")
 
 
-def _scalar(dtype: object, data: Any) -> Any:
-    if isinstance(data, str):
-        data = data.encode("latin1")
-    return np.frombuffer(data, _checked(data, dtype, ()))[0]
+def _scalar(budget: _Budget, dtype: object, data: Any) -> Any:
+    resolved, data = _checked(budget, data, dtype, ())
+    return np.frombuffer(data, resolved)[0]
 
 
-def _encode(text: object, encoding: object) -> bytes:
+def _encode(budget: _Budget, text: object, encoding: object) -> bytes:
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
         raise pickle.UnpicklingError("bytes are not stored as latin1")
+    budget.spend(len(text))
     return text.encode("latin1")
 
 
@@ -236,11 +270,12 @@ def _no_call(*_: object) -> Any:
     raise pickle.UnpicklingError("an array is made by calling its type")
 
 
-_ADMITTED = {
-    ("numpy.core.multiarray", "_reconstruct"): _Name(_reconstruct),
-    ("numpy.core.multiarray", "scalar"): _Name(_scalar),
-    ("numpy.core.numeric", "_frombuffer"): _Name(_from_buffer),
-    ("numpy", "ndarray"): _Name(_no_call),
-    ("numpy", "dtype"): _Name(_Dtype),
-    ("_codecs", "encode"): _Name(_encode),
-}
+def _admitted(budget: _Budget) -> dict[tuple[str, str], _Name]:
+    return {
+        ("numpy.core.multiarray", "_reconstruct"): _Name(partial(_reconstruct, budget)),
+        ("numpy.core.multiarray", "scalar"): _Name(partial(_scalar, budget)),
+        ("numpy.core.numeric", "_frombuffer"): _Name(partial(_from_buffer, budget)),
+        ("numpy", "ndarray"): _Name(_no_call),
+        ("numpy", "dtype"): _Name(_Dtype),
+        ("_codecs", "encode"): _Name(partial(_encode, budget)),
+    }
