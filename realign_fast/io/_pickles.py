@@ -92,8 +92,8 @@ class LoadedPickle:
         for name in _COLUMNS if column is None else (column,):
             if name in self.dicts[0]:
                 return name
-        expected = column or " or ".join(_COLUMNS)
-        raise ValueError(f"{self.path}: row 0 has no {expected!r}; its keys are {list(self.dicts[0])}")
+        expected = " or ".join(map(repr, _COLUMNS if column is None else (column,)))
+        raise ValueError(f"{self.path}: row 0 has no {expected}; its keys are {list(self.dicts[0])}")
 
     def _embedding(self, row: int) -> NDArray[Any]:
         try:

@@ -15,6 +15,7 @@ from .._dtypes import Rows, storage
 _PAGE = 4096
 # No encoder comes near; a header that claims more is damaged, and nothing may be sized after it.
 MAX_DIM = 1 << 24
+_MAX_ROWS = (1 << 63) - 1
 
 
 class Chunk(NamedTuple):
@@ -65,7 +66,7 @@ class Layout(NamedTuple):
 
 def check_shape(path: Path, num_rows: int, dim: int) -> None:
     """Raise ValueError for a shape that no file of embeddings has."""
-    if num_rows < 0 or not 1 <= dim <= MAX_DIM:
+    if not 0 <= num_rows <= _MAX_ROWS or not 1 <= dim <= MAX_DIM:
         raise ValueError(f"{path}: expected rows of dimension 1 to {MAX_DIM}, got shape ({num_rows}, {dim})")
 
 

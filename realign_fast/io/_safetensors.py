@@ -62,7 +62,7 @@ class SafetensorsShard:
             if len(fitting) == 1:
                 return fitting[0]
             column = "embedding"
-            if column not in fitting:
+            if column not in self.tensors or (len(fitting) > 1 and column not in fitting):
                 raise ValueError(f"{self.path}: name the tensor of embeddings by `column`; it holds {found}")
         elif column not in self.tensors:
             raise ValueError(f"{self.path}: no tensor {column!r}; it holds {found}")
@@ -85,7 +85,7 @@ def _parse(path: Path) -> tuple[dict[str, Tensor], dict[str, str], int]:
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len({key for key, _ in pairs}) != len(pairs):
-            damaged("a name occurs twice")
+            raise ValueError("a name occurs twice")
         return dict(pairs)
 
     with path.open("rb") as file:
@@ -95,7 +95,7 @@ def _parse(path: Path) -> tuple[dict[str, Tensor], dict[str, str], int]:
             damaged(f"it claims {length} bytes, the file has {size}, at most {_MAX_HEADER_BYTES} are allowed")
         try:
             header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=unique)
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             damaged(f"{error}")
     if not isinstance(header, dict):
         damaged("it is no object")
@@ -109,7 +109,7 @@ def _parse(path: Path) -> tuple[dict[str, Tensor], dict[str, str], int]:
         except (KeyError, TypeError, ValueError):
             damaged(f"entry {name!r} must hold dtype, shape and data_offsets")
         if type(code) is not str or not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-            damaged(f"entry {name!r} holds {entry}")
+            damaged(f"entry {name!r} holds {str(entry)[:200]}")
         tensors[name] = Tensor(code, shape, begin, end)
     position = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1][2:]):
