@@ -20,18 +20,22 @@ def shared_data() -> Path:
     return folder
 
 
+def _table(values: NDArray[Any], ids: list[Any] | None) -> pa.Table:
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+    return pa.table({"embedding": lists} if ids is None else {"id": ids, "embedding": lists})
+
+
 def _write_shard(path: Path, values: NDArray[Any], ids: list[Any] | None = None) -> Path:
     """Write a file of embeddings in the format of its suffix, ids where the format takes them."""
-    lists = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
-    table = pa.table({"embedding": lists} if ids is None else {"id": ids, "embedding": lists})
     match path.suffix:
         case ".npy":
             np.save(path, values)
         case ".safetensors":
             save_file({"embedding": np.ascontiguousarray(values)}, path)
         case ".parquet":
-            parquet.write_table(table, path)
+            parquet.write_table(_table(values, ids), path)
         case ".arrow":
+            table = _table(values, ids)
             with pa.ipc.new_file(path, table.schema) as writer:
                 writer.write_table(table)
         case ".pkl":
