@@ -84,11 +84,21 @@ def load(
 
 
 def kind_of(path: str | os.PathLike[str]) -> str | None:
-    """Return "alignment" or "moments" if `path` is such a file, None for any other file."""
+    """Return "alignment" or "moments" if `path` is such a file, None for any other file.
+
+    Raises
+    ------
+    ValueError
+        If it is one of ours, but its header is damaged or of a format version newer than this package.
+    """
+    from safetensors import SafetensorError, safe_open
+
     try:
-        return str(_read(path)[1]["kind"])
-    except ValueError:
+        with safe_open(os.fspath(path), framework="numpy") as file:
+            ours = _KEY in (file.metadata() or {})
+    except SafetensorError:
         return None
+    return str(_read(path)[1].get("kind")) if ours else None
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
