@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import time
 from collections import deque
 from collections.abc import Callable, Generator
@@ -506,9 +507,12 @@ def verify(out_dir: str | os.PathLike[str], progress: Callable[[int], None] | No
 def _hash_problem(folder: Path, output: dict[str, Any]) -> str | None:
     path = folder / output["name"]
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe must not keep it waiting
     except OSError as error:
         return f"{output['name']}: {error.strerror}"
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        return f"{output['name']} is no plain file"
     with open(fd, "rb", buffering=0) as file:
         size = os.fstat(fd).st_size
         if size != output["size"]:
