@@ -188,6 +188,15 @@ class Scanner {
     return depth + 1;
   }
 
+  // As `contain`, for keys and values in turn. A tuple of tuples that repeat is small, but hashing it as a key is not.
+  int contain_items(std::size_t from) {
+    for (std::size_t i = from; i < stack_.size(); i += 2) {
+      const Kind kind = nodes_[stack_[i]].kind;
+      if (kind != Kind::kPlain && kind != Kind::kString && kind != Kind::kObject) fail("a key that is a container");
+    }
+    return contain(from);
+  }
+
   // The container on top of the stack receives contents that make it `depth` deep.
   void extend(Kind kind, int depth) {
     Node& node = nodes_[top()];
@@ -320,7 +329,7 @@ bool Scanner::step() {
       push_new(Kind::kList, contain(pop_mark()));
       break;
     case kDict:
-      push_new(Kind::kDict, contain(pop_mark()));
+      push_new(Kind::kDict, contain_items(pop_mark()));
       break;
     case kAppend:
       extend(Kind::kList, contain(last(1)));
@@ -329,10 +338,10 @@ bool Scanner::step() {
       extend(Kind::kList, contain(pop_mark()));
       break;
     case kSetItem:
-      extend(Kind::kDict, contain(last(2)));
+      extend(Kind::kDict, contain_items(last(2)));
       break;
     case kSetItems:
-      extend(Kind::kDict, contain(pop_mark()));
+      extend(Kind::kDict, contain_items(pop_mark()));
       break;
 
     case kPut:
