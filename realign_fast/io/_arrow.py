@@ -41,7 +41,9 @@ class ParquetShard:
             self.dtype, self.dim = _embedding_type(self._pa, path, self.schema, self.column)
             if self.dim == 0 and self.num_rows:
                 first = next(file.iter_batches(1, columns=[self.column], use_threads=False), None)
-                self.dim = 0 if first is None else _first_length(path, first.column(0))
+                if first is None:
+                    raise ValueError(f"{path}: expected {self.num_rows} rows by its footer, found 0")
+                self.dim = _first_length(path, first.column(0))
         check_shape(path, self.num_rows, self.dim or 1)
 
     def chunks(self, blocks: Blocks, *, columns: bool = False) -> Iterator[Chunk]:

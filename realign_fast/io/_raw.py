@@ -40,7 +40,7 @@ class Blocks:
 
     def num_rows(self, row_bytes: int) -> int:
         """Return how many rows of `row_bytes` a block takes, at least one."""
-        return max(1, self.num_bytes // row_bytes)
+        return max(1, self.num_bytes // max(1, row_bytes))
 
     def take(self, num_rows: int, dim: int, dtype: np.dtype[Any]) -> NDArray[Any]:
         """Return the next block as an uninitialised `(num_rows, dim)` array that begins on a page."""
