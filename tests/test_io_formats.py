@@ -84,6 +84,17 @@ def test_a_file_of_no_rows_opens_and_adds_none(tmp_path, write_shard, suffix):
     np.testing.assert_array_equal(rows_of(tmp_path), values)
 
 
+@pytest.mark.parametrize("compression", [None, "zstd"])
+@pytest.mark.parametrize("make", [pa.list_, pa.large_list])
+def test_arrow_batches_without_rows_give_none(tmp_path, make, compression):
+    batch = pa.record_batch({"embedding": pa.array([], make(pa.float32()))})
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with pa.ipc.new_file(tmp_path / "a.arrow", batch.schema, options=options) as writer:
+        writer.write_batch(batch)
+    chunks = open_shard(tmp_path / "a.arrow").chunks(Blocks(100, 3))
+    assert sum(len(chunk.rows.values) for chunk in chunks) == 0
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_rows_of_dimension_one(tmp_path, write_shard, suffix):
     values = values_of(9, dim=1)
