@@ -7,11 +7,13 @@ files are wrong, 2 wrong usage.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ._version import __version__
 
@@ -22,6 +24,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     parser = _parser()
     arguments = parser.parse_args(argv)
+    try:
+        with _logged(arguments.log_file) as log:
+            return _run(arguments, log)
+    except OSError as error:
+        print(f"realign {arguments.command}: --log-file: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _run(arguments: argparse.Namespace, log: Callable[[str], object]) -> int:
     handler: Handler = arguments.handler
     try:
         summary = handler(arguments)
@@ -31,8 +42,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"realign {arguments.command}: interrupted", file=sys.stderr)
         return 130
-    print(json.dumps(summary))
+    line = json.dumps(summary)
+    log(f"{line}\n")
+    print(line)
     return 0 if summary.get("ok", True) else 1
+
+
+class _Tee(io.TextIOBase):
+    """Stderr and a file; no terminal, so that progress comes in lines and not as a bar."""
+
+    def __init__(self, *streams: TextIO) -> None:
+        self._streams = streams
+
+    def write(self, text: str) -> int:
+        for stream in self._streams:
+            stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        for stream in self._streams:
+            stream.flush()
+
+
+@contextmanager
+def _logged(path: str | None) -> Iterator[Callable[[str], object]]:
+    """Append what goes to stderr to a file as well; yield what writes to the file alone."""
+    if path is None:
+        yield lambda _: None
+        return
+    with open(path, "a", encoding="utf-8", buffering=1) as file, redirect_stderr(_Tee(sys.stderr, file)):
+        yield file.write
 
 
 def _one_line(error: BaseException) -> str:
@@ -226,6 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, handler: Handler, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(handler=handler)
+        added.add_argument("--log-file", metavar="FILE", help="append progress, messages and the summary there too")
         return added
 
     fit = command("fit", _fit, "fit an alignment of TEXT to IMAGE")
@@ -325,6 +365,7 @@ def _add_id_column(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu",), default="cpu", help="where to compute; this version: cpu alone")
     parser.add_argument("--threads", type=_positive, metavar="N", help="default: the cores this process may use")
 
 

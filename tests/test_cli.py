@@ -571,3 +571,17 @@ def test_bench_prints_a_table_and_writes_its_figures(folder, ok, monkeypatch):
     summary = ok("bench", "--quick", "--json", folder / "bench.json")
     assert {line["kernel"] for line in summary["kernels"]} == {"moments", "row_transform"}
     assert json.loads((folder / "bench.json").read_text())["kernels"] == summary["kernels"]
+
+
+def test_a_log_file_receives_what_is_said_and_the_summary(folder, realign):
+    log = folder / "log.txt"
+    _, summary, err = realign("stats", folder / "text", "-o", folder / "m.safetensors", "--log-file", log)
+    assert log.read_text() == err + json.dumps(summary) + "\n"
+    code, _, failure = realign("stats", folder / "nowhere", "-o", folder / "m.safetensors", "--log-file", log)
+    assert code == 1
+    assert log.read_text() == err + json.dumps(summary) + "\n" + failure
+
+
+def test_a_log_file_that_cannot_be_is_named(folder, refused):
+    log = folder / "nowhere" / "log.txt"
+    refused("inspect", folder / "image.npy", "--log-file", log, says=("--log-file", log))
