@@ -106,9 +106,9 @@ def on_disk(num_rows: int, rounds: int, place: Path | None) -> list[dict]:
         ours, copies, reads = [], [], []
         for _ in range(rounds):
             forget(*sides)
-            ours.append(fit_and_apply(folder))
-            forget(*sides)
             reads.append(timed(["sh", "-c", f"cat {folder}/text/* {folder}/image/* > /dev/null"])[0])
+            forget(*sides)
+            ours.append(fit_and_apply(folder))
             shutil.rmtree(folder / "copy", ignore_errors=True)
             copies.append(timed(["sh", "-c", f"cp -r {folder}/out {folder}/copy && sync {folder}/copy/*"])[0])
     mine = statistics.median(ours)
@@ -181,7 +181,7 @@ if __name__ == "__main__":
     lines = [
         *start(3 if options.quick else 15),
         *on_tmpfs(num_rows, rounds),
-        *on_disk(num_rows, rounds, options.disk),
+        *on_disk(num_rows, 2 * rounds - 1, options.disk),
         *memory(num_bytes, options.disk),
     ]
     report(lines, options.json, num_rows=num_rows, rounds=rounds)
