@@ -21,7 +21,7 @@ def chunks(folder: Path):
         for start in range(0, len(entries), CHUNK):
             part = entries[start : start + CHUNK]
             rows = np.array([entry["embed"] for entry in part], np.float64)
-            yield path.name, part, rows / np.linalg.norm(rows, axis=1, keepdims=True)
+            yield path.name, part, project(rows)
 
 
 def mean_of(values) -> np.ndarray | float:

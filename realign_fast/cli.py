@@ -10,8 +10,8 @@ import argparse
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, redirect_stderr
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,15 +24,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     parser = _parser()
     arguments = parser.parse_args(argv)
-    try:
-        with _logged(arguments.log_file) as log:
-            return _run(arguments, log)
-    except OSError as error:
-        print(f"realign {arguments.command}: --log-file: {_one_line(error)}", file=sys.stderr)
-        return 1
+    with ExitStack() as stack:
+        if arguments.log_file is None:
+            return _run(arguments)
+        try:
+            file = stack.enter_context(open(arguments.log_file, "a", encoding="utf-8", buffering=1))
+        except OSError as error:
+            print(f"realign {arguments.command}: --log-file: {_one_line(error)}", file=sys.stderr)
+            return 1
+        stack.enter_context(redirect_stderr(_Tee(sys.stderr, file)))
+        return _run(arguments, file)
 
 
-def _run(arguments: argparse.Namespace, log: Callable[[str], object]) -> int:
+def _run(arguments: argparse.Namespace, log: TextIO | None = None) -> int:
     handler: Handler = arguments.handler
     try:
         summary = handler(arguments)
@@ -43,7 +47,8 @@ def _run(arguments: argparse.Namespace, log: Callable[[str], object]) -> int:
         print(f"realign {arguments.command}: interrupted", file=sys.stderr)
         return 130
     line = json.dumps(summary)
-    log(f"{line}\n")
+    if log is not None:
+        print(line, file=log)
     print(line)
     return 0 if summary.get("ok", True) else 1
 
@@ -62,16 +67,6 @@ class _Tee(io.TextIOBase):
     def flush(self) -> None:
         for stream in self._streams:
             stream.flush()
-
-
-@contextmanager
-def _logged(path: str | None) -> Iterator[Callable[[str], object]]:
-    """Append what goes to stderr to a file as well; yield what writes to the file alone."""
-    if path is None:
-        yield lambda _: None
-        return
-    with open(path, "a", encoding="utf-8", buffering=1) as file, redirect_stderr(_Tee(sys.stderr, file)):
-        yield file.write
 
 
 def _one_line(error: BaseException) -> str:

@@ -22,8 +22,8 @@ _MAX_COUNT = 1 << (63 - _C.FIXED_POINT_BITS)
 
 def check_on_bad_rows(policy: str, *, skip: bool = True) -> None:
     """Raise ValueError unless `policy` is "raise", "zero" or, where rows may be left out, "skip"."""
-    if policy not in ("raise", "zero") and not (skip and policy == "skip"):
-        allowed = ("raise", "skip", "zero") if skip else ("raise", "zero")
+    allowed = ("raise", "skip", "zero") if skip else ("raise", "zero")
+    if policy not in allowed:
         raise ValueError(f"on_bad_rows must be one of {', '.join(allowed)}, got {policy!r}")
 
 
