@@ -42,8 +42,12 @@ SANITIZE = -std=c++17 -Wall -Wextra -O1 -g -fsanitize=address,undefined -fno-san
 SANITIZED = $(patsubst csrc/%.cpp,build/sanitize/%.o,$(filter-out csrc/bindings.cpp,$(filter %.cpp,$(EXTENSION_FILES))))
 SANITIZED_TESTS = $(patsubst tests/cpp/%.cpp,build/sanitize/%,$(CXX_TESTS))
 
-sanitize: $(SANITIZED_TESTS)
+sanitize: $(SANITIZED_TESTS) build/sanitize/test_parallel_threads
 	set -e; for program in $^; do $$program; done
+
+build/sanitize/test_parallel_threads: tests/cpp/test_parallel.cpp tests/cpp/check.h csrc/parallel.cpp csrc/parallel.h
+	mkdir -p $(@D)
+	$(CXX) $(filter-out -fsanitize%,$(SANITIZE)) -fsanitize=thread $(filter %.cpp,$^) -o $@
 
 build/sanitize/%.o: csrc/%.cpp $(filter %.h,$(EXTENSION_FILES)) Makefile
 	mkdir -p $(@D)

@@ -171,8 +171,10 @@ uint64_t py_stream_read(const py::object& buffer, int num_threads) {
   const int parts = useful_threads(threads_of(num_threads), bytes.size(), bytes.size());
   std::vector<uint64_t> sums(size_t(parts), 0);
   py::gil_scoped_release release;
-  parallel_for(parts, bytes.size(), [&](int part, int64_t begin, int64_t end) {
-    sums[size_t(part)] = current_table().stream_read(bytes.data() + begin, end - begin);
+  Chunks chunks(bytes.size(), bytes.size(), parts, 64);
+  run_parts(parts, [&](int part) {
+    for (int64_t begin, end; chunks.next(&begin, &end);)
+      sums[size_t(part)] += current_table().stream_read(bytes.data() + begin, end - begin);
   });
   uint64_t sum = 0;
   for (const uint64_t part : sums) sum += part;
@@ -184,13 +186,12 @@ void py_stream_copy(const py::object& source, const py::object& target, bool non
   if (from.size() != to.size())
     throw py::value_error("target must have the " + std::to_string(from.size()) + " bytes of source, got " +
                           std::to_string(to.size()));
-  // In units of 64 bytes, so that each part begins where a line does.
-  const int64_t lines = (from.size() + 63) / 64;
-  const int parts = useful_threads(threads_of(num_threads), lines, from.size());
+  const int parts = useful_threads(threads_of(num_threads), to.size(), from.size());
   py::gil_scoped_release release;
-  parallel_for(parts, lines, [&](int, int64_t begin, int64_t end) {
-    const int64_t first = begin * 64, last = std::min(end * 64, from.size());
-    current_table().stream_copy(from.data() + first, to.data() + first, last - first, nontemporal);
+  Chunks chunks(from.size(), from.size(), parts, 64);
+  run_parts(parts, [&](int) {
+    for (int64_t begin, end; chunks.next(&begin, &end);)
+      current_table().stream_copy(from.data() + begin, to.data() + begin, end - begin, nontemporal);
   });
 }
 

@@ -26,10 +26,10 @@ BadRows sum_parts(const Rows& rows, int64_t* sums, int num_threads, const Kernel
   // Whole cache lines apart, so that no two threads write to one.
   const int64_t stride = (rows.range.dim + 7) / 8 * 8;
   AlignedVector<int64_t> partial(stride * num_parts);
-  const BadRows bad = for_each_part(rows, num_parts,
-                                    [&](int part, const RowRange& range, int64_t first, double* scratch, BadRows* met) {
-                                      kernel(range, first, partial.data() + stride * part, scratch, met);
-                                    });
+  const BadRows bad = for_each_range(
+      rows, num_parts, [&](int part, const RowRange& range, int64_t first, double* scratch, BadRows* met) {
+        kernel(range, first, partial.data() + stride * part, scratch, met);
+      });
   for (int part = 0; part < num_parts; ++part)
     for (int64_t j = 0; j < rows.range.dim; ++j) sums[j] += partial.data()[stride * part + j];
   return bad;

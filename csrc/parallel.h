@@ -1,48 +1,44 @@
-// Threads made per call: nothing of them is left when a process forks.
+// Threads that wait between calls, since starting one costs more than transforming a small batch.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
-#include <exception>
-#include <system_error>
-#include <thread>
-#include <vector>
+#include <functional>
 
 namespace realign {
 
-// How many of `num_threads` are worth their start for so much work.
-inline int useful_threads(int num_threads, int64_t num_rows, int64_t num_bytes) {
-  constexpr int64_t kBytesPerThread = 1 << 20;
-  return int(std::max<int64_t>(1, std::min({int64_t(num_threads), num_rows, num_bytes / kBytesPerThread})));
+// How many of `num_threads` are worth their while for so much work.
+inline int useful_threads(int num_threads, int64_t num_units, int64_t num_bytes) {
+  constexpr int64_t kBytesPerThread = 128 << 10;
+  return int(std::max<int64_t>(1, std::min({int64_t(num_threads), num_units, num_bytes / kBytesPerThread})));
 }
 
-// Calls work(part, begin, end) for `num_parts` equal ranges of [0, size), the last on the calling thread. Where the
-// system gives no thread, the calling one does the part.
-template <typename Work>
-void parallel_for(int num_parts, int64_t size, const Work& work) {
-  std::vector<std::exception_ptr> errors(size_t(num_parts), nullptr);
-  const auto run = [&](int part) noexcept {
-    const int64_t begin = int64_t(__int128(size) * part / num_parts);
-    const int64_t end = int64_t(__int128(size) * (part + 1) / num_parts);
-    try {
-      work(part, begin, end);
-    } catch (...) {
-      errors[size_t(part)] = std::current_exception();
-    }
-  };
-  std::vector<std::thread> threads;
-  threads.reserve(size_t(num_parts));
-  for (int part = 0; part + 1 < num_parts; ++part) {
-    try {
-      threads.emplace_back(run, part);
-    } catch (const std::system_error&) {
-      run(part);
-    }
+// Calls work(part) for part 0 on the calling thread and for parts 1 to `num_parts` - 1 on others, as far as there are
+// any: a part that no thread has begun when part 0 returns is left out. Part 0 must therefore finish all of the work
+// where nobody helps it.
+void run_parts(int num_parts, const std::function<void(int)>& work);
+
+// Ranges of [0, size) that go one by one to whoever is free, so that no thread waits for a slower one.
+class Chunks {
+ public:
+  // Small enough to share a small batch evenly, large enough that little of what is fetched ahead goes astray.
+  Chunks(int64_t size, int64_t num_bytes, int num_parts, int64_t multiple) : size_(size), length_(size > 0 ? size : 1) {
+    if (num_parts == 1) return;
+    const int64_t bytes = std::clamp<int64_t>(num_bytes / (8 * num_parts), 32 << 10, 4 << 20);
+    const int64_t length = int64_t(double(length_) * double(bytes) / double(std::max<int64_t>(num_bytes, 1)));
+    length_ = std::max<int64_t>(1, (length + multiple - 1) / multiple) * multiple;
   }
-  run(num_parts - 1);
-  for (std::thread& thread : threads) thread.join();
-  for (const std::exception_ptr& error : errors)
-    if (error) std::rethrow_exception(error);
-}
+
+  bool next(int64_t* begin, int64_t* end) {
+    *begin = next_.fetch_add(length_, std::memory_order_relaxed);
+    *end = std::min(size_, *begin + length_);
+    return *begin < size_;
+  }
+
+ private:
+  int64_t size_, length_;
+  std::atomic<int64_t> next_{0};
+};
 
 }  // namespace realign

@@ -38,7 +38,7 @@ BadRows row_transform(const Rows& rows, const MapVectors& map, char* out, int64_
   const int64_t out_bytes = rows.range.num_rows * rows.range.dim * kItemsize[out_dtype];
   const bool nontemporal = out != rows.range.data && out_bytes > kStreamBytes;
   const int num_parts = useful_threads(num_threads, rows.range.num_rows, rows.bytes());
-  return for_each_part(rows, num_parts, [&](int, const RowRange& range, int64_t first, double* scratch, BadRows* bad) {
+  return for_each_range(rows, num_parts, [&](int, const RowRange& range, int64_t first, double* scratch, BadRows* bad) {
     kernel(range, view, out + first * out_stride, out_stride, nontemporal, scratch, bad);
   });
 }
@@ -46,7 +46,7 @@ BadRows row_transform(const Rows& rows, const MapVectors& map, char* out, int64_
 BadRows find_bad_rows(const Rows& rows, int num_threads) {
   const FindBadRowsKernel kernel = current_table().find_bad_rows[rows.dtype];
   const int num_parts = useful_threads(num_threads, rows.range.num_rows, rows.bytes());
-  return for_each_part(rows, num_parts, [&](int, const RowRange& range, int64_t, double* scratch, BadRows* bad) {
+  return for_each_range(rows, num_parts, [&](int, const RowRange& range, int64_t, double* scratch, BadRows* bad) {
     kernel(range, scratch, bad);
   });
 }

@@ -41,22 +41,32 @@ struct Rows {
   }
 };
 
-// Calls kernel(part, rows of the part, first row, scratch, bad rows) on each part and returns what all of them met.
+// Adds what a range that begins at row `begin` met. Ranges may come in any order.
+inline void add_bad_rows(const BadRows& of_range, int64_t begin, BadRows* all) {
+  all->num_zero += of_range.num_zero;
+  all->num_nonfinite += of_range.num_nonfinite;
+  if (of_range.first < 0) return;
+  const int64_t first = begin + of_range.first;
+  all->first = all->first < 0 ? first : std::min(all->first, first);
+}
+
+// Calls kernel(part, rows, first of them, scratch, bad rows) on one range of the rows after the other and returns what
+// all of them met. What one part is given, one thread does.
 template <typename Kernel>
-BadRows for_each_part(const Rows& rows, int num_parts, const Kernel& kernel) {
+BadRows for_each_range(const Rows& rows, int num_parts, const Kernel& kernel) {
   std::vector<BadRows> met(static_cast<size_t>(num_parts));
-  parallel_for(num_parts, rows.range.num_rows, [&](int part, int64_t begin, int64_t end) {
+  Chunks chunks(rows.range.num_rows, rows.bytes(), num_parts, kRowsPerBlock);
+  run_parts(num_parts, [&](int part) {
     AlignedVector<double> scratch(rows.range.dim);
-    BadRows& bad = met[size_t(part)];
-    kernel(part, rows.part(begin, end), begin, scratch.data(), &bad);
-    if (bad.first >= 0) bad.first += begin;
+    BadRows& mine = met[size_t(part)];
+    for (int64_t begin, end; chunks.next(&begin, &end);) {
+      BadRows bad;
+      kernel(part, rows.part(begin, end), begin, scratch.data(), &bad);
+      add_bad_rows(bad, begin, &mine);
+    }
   });
   BadRows all;
-  for (const BadRows& bad : met) {
-    all.num_zero += bad.num_zero;
-    all.num_nonfinite += bad.num_nonfinite;
-    if (all.first < 0) all.first = bad.first;
-  }
+  for (const BadRows& bad : met) add_bad_rows(bad, 0, &all);
   return all;
 }
 

@@ -1,6 +1,8 @@
 """Every kernel on every instruction set of this machine, against the plain float64 version."""
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -229,6 +231,40 @@ def test_a_forked_child_can_run_kernels():
     if child == 0:
         os._exit(0 if (sums_of(rows, 3) == expected).all() else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_child_forked_while_kernels_run_can_run_them():
+    rows = make(4000, 300)
+    expected = sums_of(rows, 3)
+    done = threading.Event()
+
+    def keep_busy():
+        while not done.is_set():
+            sums_of(rows, 3)
+
+    busy = [threading.Thread(target=keep_busy) for _ in range(2)]
+    for thread in busy:
+        thread.start()
+    try:
+        for _ in range(20):
+            child = os.fork()
+            if child == 0:
+                os._exit(0 if (sums_of(rows, 3) == expected).all() else 1)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        done.set()
+        for thread in busy:
+            thread.join()
+
+
+def test_callers_at_once_do_not_meet():
+    batches = [make(count, 256) for count in (700, 1500, 4000, 9001)]
+    expected = [sums_of(rows) for rows in batches]
+    with ThreadPoolExecutor(len(batches)) as pool:
+        for _ in range(30):
+            found = list(pool.map(lambda rows: sums_of(rows, 3), batches))
+            np.testing.assert_array_equal(found, expected)
 
 
 def test_arguments_that_do_not_fit_are_refused(instruction_set):
