@@ -1,4 +1,4 @@
-// Threads that wait between calls, since starting one costs more than transforming a small batch.
+// Threads that wait between calls, since starting one costs more than transforming a batch.
 #pragma once
 
 #include <algorithm>
@@ -8,9 +8,10 @@
 
 namespace realign {
 
-// How many of `num_threads` are worth their while for so much work.
+// How many of `num_threads` are worth their while for so much work. A small batch is done sooner by one: beside torch,
+// whose own threads hold their cores a while after each operation, a second one is late.
 inline int useful_threads(int num_threads, int64_t num_units, int64_t num_bytes) {
-  constexpr int64_t kBytesPerThread = 128 << 10;
+  constexpr int64_t kBytesPerThread = 1 << 20;
   return int(std::max<int64_t>(1, std::min({int64_t(num_threads), num_units, num_bytes / kBytesPerThread})));
 }
 
@@ -22,7 +23,7 @@ void run_parts(int num_parts, const std::function<void(int)>& work);
 // Ranges of [0, size) that go one by one to whoever is free, so that no thread waits for a slower one.
 class Chunks {
  public:
-  // Small enough to share a small batch evenly, large enough that little of what is fetched ahead goes astray.
+  // Small enough to share a batch evenly, large enough that little of what is fetched ahead goes astray.
   Chunks(int64_t size, int64_t num_bytes, int num_parts, int64_t multiple) : size_(size), length_(size > 0 ? size : 1) {
     if (num_parts == 1) return;
     const int64_t bytes = std::clamp<int64_t>(num_bytes / (8 * num_parts), 32 << 10, 4 << 20);
