@@ -171,10 +171,8 @@ uint64_t py_stream_read(const py::object& buffer, int num_threads) {
   const int parts = useful_threads(threads_of(num_threads), bytes.size(), bytes.size());
   std::vector<uint64_t> sums(size_t(parts), 0);
   py::gil_scoped_release release;
-  Chunks chunks(bytes.size(), bytes.size(), parts, 64);
-  run_parts(parts, [&](int part) {
-    for (int64_t begin, end; chunks.next(&begin, &end);)
-      sums[size_t(part)] += current_table().stream_read(bytes.data() + begin, end - begin);
+  parallel_for(parts, bytes.size(), 1, 64, [&](int part, int64_t begin, int64_t end) {
+    sums[size_t(part)] += current_table().stream_read(bytes.data() + begin, end - begin);
   });
   uint64_t sum = 0;
   for (const uint64_t part : sums) sum += part;
@@ -186,12 +184,10 @@ void py_stream_copy(const py::object& source, const py::object& target, bool non
   if (from.size() != to.size())
     throw py::value_error("target must have the " + std::to_string(from.size()) + " bytes of source, got " +
                           std::to_string(to.size()));
-  const int parts = useful_threads(threads_of(num_threads), to.size(), from.size());
+  const int parts = useful_threads(threads_of(num_threads), from.size(), from.size());
   py::gil_scoped_release release;
-  Chunks chunks(from.size(), from.size(), parts, 64);
-  run_parts(parts, [&](int) {
-    for (int64_t begin, end; chunks.next(&begin, &end);)
-      current_table().stream_copy(from.data() + begin, to.data() + begin, end - begin, nontemporal);
+  parallel_for(parts, from.size(), 1, 64, [&](int, int64_t begin, int64_t end) {
+    current_table().stream_copy(from.data() + begin, to.data() + begin, end - begin, nontemporal);
   });
 }
 

@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <exception>
@@ -39,8 +40,10 @@ class Worker {
   // Returns once the part is done, or certain never to begin; then what it threw, if anything.
   std::exception_ptr finish() {
     State asked = kAsked;
-    if (!state_.compare_exchange_strong(asked, kIdle)) wait_for(kDone);
-    state_.store(kIdle);
+    if (!state_.compare_exchange_strong(asked, kIdle)) {
+      wait_for(kDone);
+      state_.store(kIdle);
+    }
     return std::exchange(error_, nullptr);
   }
 

@@ -20,26 +20,21 @@ inline int useful_threads(int num_threads, int64_t num_units, int64_t num_bytes)
 // where nobody helps it.
 void run_parts(int num_parts, const std::function<void(int)>& work);
 
-// Ranges of [0, size) that go one by one to whoever is free, so that no thread waits for a slower one.
-class Chunks {
- public:
-  // Small enough to share a batch evenly, large enough that little of what is fetched ahead goes astray.
-  Chunks(int64_t size, int64_t num_bytes, int num_parts, int64_t multiple) : size_(size), length_(size > 0 ? size : 1) {
-    if (num_parts == 1) return;
-    const int64_t bytes = std::clamp<int64_t>(num_bytes / (8 * num_parts), 32 << 10, 4 << 20);
-    const int64_t length = int64_t(double(length_) * double(bytes) / double(std::max<int64_t>(num_bytes, 1)));
-    length_ = std::max<int64_t>(1, (length + multiple - 1) / multiple) * multiple;
+// Calls work(part, begin, end) on ranges of [0, size) that begin at multiples of `multiple`, each going to whoever of
+// `num_parts` is free, so that no thread waits for a slower one. What one part is given, one thread does.
+template <typename Work>
+void parallel_for(int num_parts, int64_t size, int64_t unit_bytes, int64_t multiple, const Work& work) {
+  int64_t length = size;
+  if (num_parts > 1) {
+    // Small enough to share a batch evenly, large enough that little of what is fetched ahead goes astray.
+    const int64_t bytes = std::clamp<int64_t>(size * unit_bytes / (8 * num_parts), 32 << 10, 4 << 20);
+    length = (bytes / unit_bytes / multiple + 1) * multiple;
   }
-
-  bool next(int64_t* begin, int64_t* end) {
-    *begin = next_.fetch_add(length_, std::memory_order_relaxed);
-    *end = std::min(size_, *begin + length_);
-    return *begin < size_;
-  }
-
- private:
-  int64_t size_, length_;
-  std::atomic<int64_t> next_{0};
-};
+  std::atomic<int64_t> next{0};
+  run_parts(num_parts, [&](int part) {
+    for (int64_t begin; (begin = next.fetch_add(length, std::memory_order_relaxed)) < size;)
+      work(part, begin, std::min(size, begin + length));
+  });
+}
 
 }  // namespace realign

@@ -51,22 +51,24 @@ inline void add_bad_rows(const BadRows& of_range, int64_t begin, BadRows* all) {
 }
 
 // Calls kernel(part, rows, first of them, scratch, bad rows) on one range of the rows after the other and returns what
-// all of them met. What one part is given, one thread does.
+// all of them met.
 template <typename Kernel>
 BadRows for_each_range(const Rows& rows, int num_parts, const Kernel& kernel) {
-  std::vector<BadRows> met(static_cast<size_t>(num_parts));
-  Chunks chunks(rows.range.num_rows, rows.bytes(), num_parts, kRowsPerBlock);
-  run_parts(num_parts, [&](int part) {
-    AlignedVector<double> scratch(rows.range.dim);
-    BadRows& mine = met[size_t(part)];
-    for (int64_t begin, end; chunks.next(&begin, &end);) {
-      BadRows bad;
-      kernel(part, rows.part(begin, end), begin, scratch.data(), &bad);
-      add_bad_rows(bad, begin, &mine);
-    }
+  struct Part {
+    AlignedVector<double> scratch;
+    BadRows met;
+  };
+  std::vector<Part> parts;
+  for (int part = 0; part < num_parts; ++part) parts.push_back({AlignedVector<double>(rows.range.dim), BadRows()});
+  const int64_t row_bytes = rows.range.dim * kItemsize[rows.dtype];
+  parallel_for(num_parts, rows.range.num_rows, row_bytes, kRowsPerBlock, [&](int part, int64_t begin, int64_t end) {
+    Part& mine = parts[size_t(part)];
+    BadRows bad;
+    kernel(part, rows.part(begin, end), begin, mine.scratch.data(), &bad);
+    add_bad_rows(bad, begin, &mine.met);
   });
   BadRows all;
-  for (const BadRows& bad : met) add_bad_rows(bad, 0, &all);
+  for (const Part& part : parts) add_bad_rows(part.met, 0, &all);
   return all;
 }
 

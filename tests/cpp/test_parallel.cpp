@@ -10,19 +10,16 @@
 
 namespace {
 
-using realign::Chunks;
+using realign::parallel_for;
 using realign::run_parts;
 
 void count_each(int64_t size, int num_parts, int64_t multiple) {
   std::vector<std::atomic<int>> seen(static_cast<size_t>(size));
-  Chunks chunks(size, size * 3000, num_parts, multiple);
-  run_parts(num_parts, [&](int part) {
+  parallel_for(num_parts, size, 3000, multiple, [&](int part, int64_t begin, int64_t end) {
     CHECK(part >= 0 && part < num_parts, "part %d of %d", part, num_parts);
-    for (int64_t begin, end; chunks.next(&begin, &end);) {
-      CHECK(begin % multiple == 0 && (end % multiple == 0 || end == size), "from %lld to %lld", (long long)begin,
-            (long long)end);
-      for (int64_t i = begin; i < end; ++i) ++seen[size_t(i)];
-    }
+    CHECK(begin % multiple == 0 && (end % multiple == 0 || end == size), "from %lld to %lld", (long long)begin,
+          (long long)end);
+    for (int64_t i = begin; i < end; ++i) ++seen[size_t(i)];
   });
   for (int64_t i = 0; i < size; ++i)
     CHECK(seen[size_t(i)] == 1, "%lld done %d times", (long long)i, int(seen[size_t(i)]));
