@@ -3,10 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cerrno>
 #include <cmath>
 #include <cstdio>
+#include <system_error>
 
 #include "dispatch.h"
+#include "file_read.h"
 #include "moments.h"
 #include "pickle_scan.h"
 #include "row_transform.h"
@@ -191,6 +194,19 @@ void py_stream_copy(const py::object& source, const py::object& target, bool non
   });
 }
 
+int64_t py_read_file(int fd, const py::object& buffer, int64_t offset, int num_threads) {
+  const Bytes bytes(buffer, "buffer", true);
+  const int threads = threads_of(num_threads);
+  try {
+    py::gil_scoped_release release;
+    return read_file(fd, bytes.data(), bytes.size(), offset, threads);
+  } catch (const std::system_error& error) {
+    errno = error.code().value();
+    PyErr_SetFromErrno(PyExc_OSError);
+    throw py::error_already_set();
+  }
+}
+
 }  // namespace
 }  // namespace realign
 
@@ -217,6 +233,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("stream_read", &py_stream_read, py::arg("buffer"), py::arg("num_threads"));
   m.def("stream_copy", &py_stream_copy, py::arg("source"), py::arg("target"), py::arg("nontemporal"),
         py::arg("num_threads"));
+  m.def("read_file", &py_read_file, py::arg("fd"), py::arg("buffer"), py::arg("offset"), py::arg("num_threads"));
   py::class_<Xxh64>(m, "XXH64", py::module_local())
       .def(py::init<uint64_t>(), py::arg("seed") = 0)
       .def(

@@ -77,6 +77,9 @@ def stream_read(buffer: Bytes, num_threads: int) -> int:
 def stream_copy(source: Bytes, target: Bytes, nontemporal: bool, num_threads: int) -> None:
     """Copy with ordinary or non-temporal stores: the least that a kernel which reads and writes can take."""
 
+def read_file(fd: int, buffer: Bytes, offset: int, num_threads: int) -> int:
+    """Fill `buffer` from byte `offset` of the file on; return the bytes read, fewer than asked only at its end."""
+
 class XXH64:
     """The 64-bit xxHash, streaming."""
 

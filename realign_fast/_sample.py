@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ._dtypes import Rows
+from ._dtypes import Rows, storage
 
 MAX_ROWS = 131_072
 MAX_BYTES = 96 << 20
@@ -26,37 +26,36 @@ class Sample:
     """
 
     def __init__(self, dim: int, dtype: str, num_rows: int | None) -> None:
-        self._dim = dim
+        self.dim = dim
         self._dtype = dtype
-        self._parts: list[NDArray[np.generic]] = []
-        self._keys: list[NDArray[np.uint64]] = []
-        self._capacity: int | None = None
+        self._capacity = max(1, min(MAX_ROWS, MAX_BYTES // (dim * storage(dtype).itemsize)))
         self._halvings = 0
         self._expected = num_rows or 0
         self._num_seen = 0
         self._num_kept = 0
+        # Memory is touched only as rows come, and once: fresh pages cost more than the copy.
+        self._values = np.empty((0, dim), storage(dtype))
+        self._keys = np.empty(0, np.uint64)
 
     def add(self, rows: Rows, keys: NDArray[np.uint64]) -> None:
         """Look at rows and their keys; bad rows have key 0 and are left out."""
-        if self._capacity is None:
-            self._capacity = max(1, min(MAX_ROWS, MAX_BYTES // (self._dim * rows.values.itemsize)))
         self._num_seen += len(keys)
         needed = max(self._num_seen, self._expected)
         while needed > self._capacity << self._halvings:
             self._halvings += 1
-        self._keep(rows.values, keys)
+        chosen = np.flatnonzero(self._below(keys))
+        if self._num_kept + chosen.size > len(self._keys):
+            self._refilter()  # what came under an earlier bound goes first
+            self._reserve(self._num_kept + chosen.size)
+        end = self._num_kept + chosen.size
+        np.take(rows.values, chosen, axis=0, out=self._values[self._num_kept : end], mode="clip")
+        self._keys[self._num_kept : end] = keys[chosen]
+        self._num_kept = end
         # Rows of equal content have equal keys: a heap of them must not exhaust the memory.
         while self._num_kept > self._capacity + self._capacity // 4 and self._halvings < 63:
             kept = self._num_kept
-            self._refilter()  # what came under an earlier bound goes first
+            self._refilter()
             self._halvings += self._num_kept == kept
-
-    def _keep(self, values: NDArray[np.generic], keys: NDArray[np.uint64]) -> None:
-        chosen = np.flatnonzero(self._below(keys))
-        if chosen.size:
-            self._parts.append(values[chosen])
-            self._keys.append(keys[chosen])
-            self._num_kept += chosen.size
 
     def _below(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
         # Keys are at least 1 for good rows; minus 1 maps them to [0, 2**64 - 1).
@@ -65,23 +64,31 @@ class Sample:
         return below
 
     def _refilter(self) -> None:
-        parts, keys = self._parts, self._keys
-        self._parts, self._keys, self._num_kept = [], [], 0
-        for values, part_keys in zip(parts, keys, strict=True):
-            self._keep(values, part_keys)
+        chosen = np.flatnonzero(self._below(self._keys[: self._num_kept]))
+        if chosen.size < self._num_kept:
+            self._values[: chosen.size] = self._values[chosen]
+            self._keys[: chosen.size] = self._keys[chosen]
+            self._num_kept = chosen.size
 
-    def rows(self) -> Rows:
-        """Return the rows in order of their keys, equal keys in order of their bytes."""
-        if not self._parts:
-            empty = np.empty((0, self._dim), np.uint16 if self._dtype == "bfloat16" else self._dtype)
-            return Rows(empty, self._dtype)
+    def _reserve(self, num_rows: int) -> None:
+        if num_rows <= len(self._keys):
+            return
+        room = max(num_rows, self._capacity + self._capacity // 2)
+        values, keys = np.empty((room, self._values.shape[1]), self._values.dtype), np.empty(room, np.uint64)
+        values[: self._num_kept] = self._values[: self._num_kept]
+        keys[: self._num_kept] = self._keys[: self._num_kept]
+        self._values, self._keys = values, keys
+
+    def ranking(self) -> NDArray[np.intp]:
+        """Return the numbers of the rows, for `take`, in order of their keys, equal keys in order of their bytes."""
         self._refilter()
-        values = np.concatenate(self._parts)
-        keys = np.concatenate(self._keys)
-        self._parts, self._keys = [], []
+        keys, values = self._keys[: self._num_kept], self._values[: self._num_kept]
         order = np.argsort(keys, kind="stable")
-        ties = np.flatnonzero(keys[order][1:] == keys[order][:-1])
-        if ties.size:
+        if (keys[order][1:] == keys[order][:-1]).any():
             as_bytes = values.view(np.uint8)
             order = np.array(sorted(order.tolist(), key=lambda i: (int(keys[i]), as_bytes[i].tobytes())))
-        return Rows(values[order], self._dtype)
+        return order
+
+    def take(self, numbers: NDArray[np.intp]) -> Rows:
+        """Return a copy of the rows that `ranking` calls so."""
+        return Rows(self._values[numbers], self._dtype)

@@ -32,6 +32,7 @@ Side = Literal["source", "target"]
 # Newton's matrix is estimated on about so many rows of the sample; an estimate only costs steps, never accuracy.
 _NEWTON_ROWS = 16_384
 _HELD_OUT_EVERY = 10
+_PART_ROWS = 1024  # of a sample at a time
 
 
 @dataclass(frozen=True)
@@ -368,8 +369,8 @@ def fit(
     solver = get_method(method, options)
     check_on_bad_rows(on_bad_rows)
     choose(backend, "cpu")
-    text_source = open_source(text, name="text", key=key, column=text_column)
-    image_source = open_source(image, name="image", key=key, column=image_column)
+    text_source = open_source(text, name="text", key=key, column=text_column, num_threads=num_threads)
+    image_source = open_source(image, name="image", key=key, column=image_column, num_threads=num_threads)
     _check_readable(text_source, solver, method)
     _check_dims(text_source, image_source)
     read = partial(_read, on_bad_rows=on_bad_rows, num_threads=num_threads, limit=limit, progress=progress)
@@ -377,10 +378,11 @@ def fit(
     source, text_sample = read(text_source)
     check_sets(source, target)
     batches = partial(_batches, text_source, limit, progress)
-    problem = _Problem(source, target, batches, text_sample, on_bad_rows, num_threads)
+    text_part, image_part = _Part.whole(text_sample), _Part.whole(image_sample)
+    problem = _Problem(source, target, batches, text_part, on_bad_rows, num_threads)
     solution = solver.solve(problem, **options)
     report = _report(method, options, source, target, solution)
-    report |= _sample_report(solver, options, text_sample, image_sample, num_threads)
+    report |= _sample_report(solver, options, text_part, image_part, num_threads)
     prints = {"text": text_source.fingerprint(), "image": image_source.fingerprint()}
     fingerprints = {name: value for name, value in prints.items() if value is not None}
     return _alignment(method, solution, source, target, report, fingerprints, encoder)
@@ -417,7 +419,7 @@ def fit_from_moments(
     check_on_bad_rows(on_bad_rows)
     choose(backend, "cpu")
     check_sets(text_moments, image_moments)
-    sample = Rows(np.empty((0, text_moments.dim), np.float32), "float32")
+    sample = Sample(text_moments.dim, "float32", None)
     fingerprints = {}
 
     def batches() -> Iterator[Batch]:
@@ -426,7 +428,7 @@ def fit_from_moments(
     if solver.reads_again:
         if text is None:
             raise ValueError(f"method {method!r} reads the text rows again: pass text= beside the moments")
-        source = open_source(text, name="text", key=key, column=text_column)
+        source = open_source(text, name="text", key=key, column=text_column, num_threads=num_threads)
         _check_readable(source, solver, method)
         _check_dims(source, image_moments)
         batches = partial(_batches, source, None, progress)
@@ -434,7 +436,7 @@ def fit_from_moments(
             _, sample = _read(source, on_bad_rows, num_threads, None, progress)
         if (value := source.fingerprint()) is not None:
             fingerprints["text"] = value
-    problem = _Problem(text_moments, image_moments, batches, sample, on_bad_rows, num_threads)
+    problem = _Problem(text_moments, image_moments, batches, _Part.whole(sample), on_bad_rows, num_threads)
     solution = solver.solve(problem, **options)
     report = _report(method, options, text_moments, image_moments, solution) | {"in_sample": None, "held_out": None}
     return _alignment(method, solution, text_moments, image_moments, report, fingerprints, encoder)
@@ -529,7 +531,7 @@ def gather_moments(
 ) -> Moments:
     """Return the moments of everything in `data`, in any of the forms that `fit` takes."""
     check_on_bad_rows(on_bad_rows)
-    source = open_source(data, name=name, key=key, column=column)
+    source = open_source(data, name=name, key=key, column=column, num_threads=num_threads)
     moments = Moments(source.dim)
     for batch in _batches(source, limit, progress):
         with _located(batch):
@@ -537,15 +539,46 @@ def gather_moments(
     return moments
 
 
+class _Part:
+    """Some rows of a sample, in the order of its ranking."""
+
+    def __init__(self, sample: Sample, numbers: NDArray[np.intp]) -> None:
+        self._sample, self._numbers = sample, numbers
+
+    @classmethod
+    def whole(cls, sample: Sample) -> _Part:
+        return cls(sample, sample.ranking())
+
+    @property
+    def dim(self) -> int:
+        return self._sample.dim
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def split(self, every: int) -> tuple[_Part, _Part]:
+        """Return all but each `every`-th row, and each `every`-th."""
+        chosen = np.arange(len(self)) % every == every - 1
+        return _Part(self._sample, self._numbers[~chosen]), _Part(self._sample, self._numbers[chosen])
+
+    def first(self, num_rows: int) -> Rows:
+        return self._sample.take(self._numbers[:num_rows])
+
+    def batches(self) -> Iterator[Batch]:
+        numbers = np.sort(self._numbers)  # sums do not ask for an order: that of the memory is the fastest
+        for start in range(0, len(self), _PART_ROWS):
+            yield Batch(self._sample.take(numbers[start : start + _PART_ROWS]), "sample", start)
+
+
 class _Problem:
-    """The source rows as a solver sees them, be they files or the sample in memory."""
+    """The source rows as a solver sees them, be they files or part of the sample."""
 
     def __init__(
         self,
         source: Moments,
         target: Moments,
         batches: Callable[[], Iterable[Batch]],
-        sample: Rows,
+        sample: _Part,
         on_bad_rows: OnBadRows,
         num_threads: int | None,
     ) -> None:
@@ -582,7 +615,7 @@ class _Problem:
 
         Plain loops (einsum), not BLAS: the same bits on any number of threads.
         """
-        rows = Rows(self._sample.values[:_NEWTON_ROWS], self._sample.dtype)
+        rows = self._sample.first(_NEWTON_ROWS)
         out = np.empty(rows.values.shape, np.float32)
         uncorrected = replace(parameters, correction=np.zeros_like(parameters.correction))
         _transform_rows(uncorrected, rows, Rows(out, "float32"), self._num_threads)
@@ -637,7 +670,7 @@ def _batches(source: Source, limit: int | None, progress: bool) -> Iterator[Batc
 
 def _read(
     source: Source, on_bad_rows: OnBadRows, num_threads: int | None, limit: int | None, progress: bool
-) -> tuple[Moments, Rows]:
+) -> tuple[Moments, Sample]:
     moments = Moments(source.dim)
     known = source.num_rows if limit is None or source.num_rows is None else min(limit, source.num_rows)
     sample = Sample(source.dim, source.dtype, known)
@@ -646,7 +679,7 @@ def _read(
         with _located(batch):
             moments.update_rows(batch.rows, on_bad_rows, num_threads, keys)
         sample.add(batch.rows, keys)
-    return moments, sample.rows()
+    return moments, sample
 
 
 def _check_readable(source: Source, solver: Method, method: str) -> None:
@@ -674,35 +707,35 @@ def _report(
 
 
 def _sample_report(
-    solver: Method, options: Mapping[str, Any], text: Rows, image: Rows, num_threads: int | None
+    solver: Method, options: Mapping[str, Any], text: _Part, image: _Part, num_threads: int | None
 ) -> dict[str, Any]:
     nothing: dict[str, Any] = {"in_sample": None, "held_out": None}
-    if min(len(text.values), len(image.values)) < 2 * _HELD_OUT_EVERY:
+    if min(len(text), len(image)) < 2 * _HELD_OUT_EVERY:
         return nothing
-    (text_in, text_out), (image_in, image_out) = _split(text), _split(image)
-    problem = _in_memory(text_in, image_in, num_threads)
+    (text_in, text_out), (image_in, image_out) = text.split(_HELD_OUT_EVERY), image.split(_HELD_OUT_EVERY)
+    problem = _of_parts(text_in, image_in, num_threads)
     try:
         check_sets(problem.source, problem.target)
     except ValueError:
         return nothing
     solution = solver.solve(problem, **options)
-    held_out = _in_memory(text_out, image_out, num_threads)
+    held_out = _of_parts(text_out, image_out, num_threads)
     return {
         "in_sample": _gaps(solution, problem),
         "held_out": _gaps(solution, held_out),
     }
 
 
-def _in_memory(text: Rows, image: Rows, num_threads: int | None) -> _Problem:
-    source, target = Moments(text.values.shape[1]), Moments(image.values.shape[1])
-    source.update_rows(text, "raise", num_threads)
-    target.update_rows(image, "raise", num_threads)
-    return _Problem(source, target, lambda: [Batch(text, "sample", 0)], text, "raise", num_threads)
+def _of_parts(text: _Part, image: _Part, num_threads: int | None) -> _Problem:
+    source, target = (_moments_of(part, num_threads) for part in (text, image))
+    return _Problem(source, target, text.batches, text, "raise", num_threads)
 
 
-def _split(rows: Rows) -> tuple[Rows, Rows]:
-    held_out = np.arange(len(rows.values)) % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
-    return Rows(rows.values[~held_out], rows.dtype), Rows(rows.values[held_out], rows.dtype)
+def _moments_of(part: _Part, num_threads: int | None) -> Moments:
+    moments = Moments(part.dim)
+    for batch in part.batches():
+        moments.update_rows(batch.rows, "raise", num_threads)
+    return moments
 
 
 def _gaps(solution: Solution, problem: _Problem) -> dict[str, Any]:

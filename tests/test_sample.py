@@ -20,7 +20,7 @@ def sample_of(values, keys, chunk, known, order=None) -> np.ndarray:
     starts = np.arange(0, len(values), chunk)
     for start in starts if order is None else np.random.default_rng(order).permutation(starts):
         sample.add(Rows(values[start : start + chunk], "float32"), keys[start : start + chunk])
-    return sample.rows().values
+    return sample.take(sample.ranking()).values
 
 
 @pytest.mark.parametrize("count", [1, 5, 100, 101, 1000, 6400])
@@ -62,4 +62,5 @@ def test_rows_that_share_a_key_come_in_order_of_their_bytes():
 
 
 def test_no_rows():
-    assert Sample(DIM, "bfloat16", 0).rows().values.shape == (0, DIM)
+    sample = Sample(DIM, "bfloat16", 0)
+    assert sample.take(sample.ranking()).values.shape == (0, DIM)

@@ -31,6 +31,8 @@ def import_pyarrow(path: Path) -> Any:
 class ParquetShard:
     """One `.parquet` file, decoded a batch at a time however large its row groups are."""
 
+    decoded = True
+
     def __init__(self, path: Path, column: str | None) -> None:
         self.path = path
         self._pa = import_pyarrow(path)
@@ -77,6 +79,8 @@ class ArrowShard:
     It is mapped, since only so does pyarrow tell where the values of a record batch lie, and a batch may be as large as
     the file. Uncompressed values are then read from the file like any raw rows: their pages are never mapped in.
     """
+
+    decoded = True  # batches are checked, and may be compressed
 
     def __init__(self, path: Path, column: str | None) -> None:
         self.path = path

@@ -23,6 +23,8 @@ _KEYS = {"descr", "fortran_order", "shape"}
 class NpyShard:
     """One `.npy` file of shape `(num_rows, dim)`."""
 
+    decoded = False
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.layout = _parse(path)

@@ -39,6 +39,7 @@ class PickleShard:
     num_rows = None
     dim = 0
     dtype = ""
+    decoded = True
 
     def __init__(self, path: Path, column: str | None) -> None:
         self.path = path
@@ -57,6 +58,8 @@ class PickleShard:
 
 class LoadedPickle:
     """A pickle in memory: its dicts, and which of their keys is the embedding (empty where there are no dicts)."""
+
+    decoded = True
 
     def __init__(self, path: Path, column: str | None) -> None:
         self.path = path

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import _C
 from .._dtypes import Rows, storage
 
 _PAGE = 4096
@@ -31,11 +32,15 @@ class Chunk(NamedTuple):
 
 
 class Blocks:
-    """A ring of `count` reused blocks of memory, about `num_bytes` each, touched only when used."""
+    """A ring of `count` reused blocks of memory, about `num_bytes` each, touched only when used.
 
-    def __init__(self, num_bytes: int, count: int) -> None:
+    Files are read into them with `num_threads` threads: one alone copies from the page cache slower than memory can.
+    """
+
+    def __init__(self, num_bytes: int, count: int, num_threads: int = 1) -> None:
         self.num_bytes = num_bytes
         self.count = count
+        self.num_threads = num_threads
         self._blocks: list[NDArray[np.uint8]] = [np.empty(0, np.uint8)] * count
         self._next = 0
 
@@ -76,17 +81,19 @@ def read_layout(path: Path, layout: Layout, blocks: Blocks) -> Iterator[Chunk]:
     dtype = storage(layout.dtype)
     step = blocks.num_rows(layout.dim * dtype.itemsize)
     with path.open("rb", buffering=0) as file:
+        fd, row_bytes = file.fileno(), layout.dim * dtype.itemsize
         if not layout.fortran:
-            os.posix_fadvise(file.fileno(), layout.offset, 0, os.POSIX_FADV_SEQUENTIAL)
+            os.posix_fadvise(fd, layout.offset, 0, os.POSIX_FADV_SEQUENTIAL)
+            os.posix_fadvise(fd, layout.offset, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
         for start in range(0, layout.num_rows, step):
             if not layout.fortran:  # the disk reads on while this block is at work
-                ahead = layout.offset + start * layout.dim * dtype.itemsize + _AHEAD_BYTES
-                os.posix_fadvise(file.fileno(), ahead, blocks.num_bytes, os.POSIX_FADV_WILLNEED)
+                ahead = layout.offset + start * row_bytes + _AHEAD_BYTES
+                os.posix_fadvise(fd, ahead, step * row_bytes, os.POSIX_FADV_WILLNEED)
             values = blocks.take(min(step, layout.num_rows - start), layout.dim, dtype)
             if layout.fortran:
-                _read_columns(path, file.fileno(), layout, start, values)
+                _read_columns(path, fd, layout, start, values)
             else:
-                read_into(path, file.fileno(), layout.offset + start * layout.dim * dtype.itemsize, values)
+                _read_into(path, fd, layout.offset + start * row_bytes, values, blocks.num_threads)
             if layout.swapped:
                 values.byteswap(inplace=True)
             yield Chunk(Rows(values, layout.dtype), start)
@@ -96,16 +103,11 @@ def _read_columns(path: Path, fd: int, layout: Layout, start: int, values: NDArr
     columns = np.empty((layout.dim, len(values)), values.dtype)
     for index in range(layout.dim):
         offset = layout.offset + (index * layout.num_rows + start) * values.itemsize
-        read_into(path, fd, offset, columns[index])
+        _read_into(path, fd, offset, columns[index], 1)
     values[...] = columns.T
 
 
-def read_into(path: Path, fd: int, offset: int, values: NDArray[Any]) -> None:
+def _read_into(path: Path, fd: int, offset: int, values: NDArray[Any], num_threads: int) -> None:
     """Fill contiguous `values` from `offset`; ValueError where the file ends before."""
-    view = values.reshape(-1).view(np.uint8).data
-    done = 0
-    while done < view.nbytes:
-        count = os.preadv(fd, [view[done:]], offset + done)
-        if count == 0:
-            raise ValueError(f"{path} was truncated while it was read: expected bytes up to {offset + view.nbytes}")
-        done += count
+    if _C.read_file(fd, values, offset, num_threads) < values.nbytes:
+        raise ValueError(f"{path} was truncated while it was read: expected bytes up to {offset + values.nbytes}")

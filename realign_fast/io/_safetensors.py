@@ -34,6 +34,8 @@ class Tensor(NamedTuple):
 class SafetensorsShard:
     """One `.safetensors` file; the rows are the tensor `column`, or the only 2-D float one where `column` is None."""
 
+    decoded = False
+
     def __init__(self, path: Path, column: str | None) -> None:
         self.path = path
         self.tensors, self.metadata, self.data_start = _parse(path)

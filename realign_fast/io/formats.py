@@ -30,6 +30,8 @@ class Shard(Protocol):
         0 where not known: pickles, and tables of lists without rows.
     dtype : str
         One of `DTYPES`, empty where not known.
+    decoded : bool
+        Whether reading takes computing, not only copying: then it pays to work ahead.
     """
 
     @property
@@ -40,6 +42,8 @@ class Shard(Protocol):
     def dim(self) -> int: ...  # noqa: D102
     @property
     def dtype(self) -> str: ...  # noqa: D102
+    @property
+    def decoded(self) -> bool: ...  # noqa: D102
 
     def chunks(self, blocks: Blocks, *, columns: bool = False) -> Iterator[Chunk]:
         """Read the rows in order, into `blocks` or as views of memory of their own; with other columns if asked."""

@@ -16,14 +16,15 @@ import numpy as np
 
 from .._dtypes import Rows, storage
 from .._rows import as_rows, dtype_name, is_tensor
+from ..backends import count_threads
 from ._fingerprint import combined, fingerprint
 from ._prefetch import prefetch
 from ._raw import Blocks
 from .formats import FORMATS, format_of, open_shard
 
-# Three blocks are in flight: one in the kernel and two ahead. Together they stay inside the last-level cache, so that a
-# kernel finds in it what the reader has just copied there.
-BATCH_BYTES = 2 << 20
+# Small enough that a kernel finds in the last-level cache what the reader has just copied there, even where three blocks
+# are in flight, large enough to be worth several threads.
+BATCH_BYTES = 4 << 20
 _DEPTH = 3
 MANIFEST = "realign-manifest.json"
 # Holds what a file of the same stem could not: see io.writer.
@@ -95,6 +96,7 @@ def open_source(
     key: str | None = None,
     column: str | None = None,
     batch_bytes: int = BATCH_BYTES,
+    num_threads: int | None = None,
 ) -> Source:
     """Return a source of the rows in `data`.
 
@@ -112,6 +114,8 @@ def open_source(
         "embedding", in pickles also "embed", in safetensors also the only 2-D float tensor.
     batch_bytes
         About how large a batch is.
+    num_threads
+        That read a file; by default the cores this process may use.
 
     Raises
     ------
@@ -127,7 +131,7 @@ def open_source(
     if isinstance(data, np.ndarray) or is_tensor(data):
         return _ArraySource(data, name, batch_bytes)
     if _is_path(data) or (isinstance(data, list | tuple) and data and all(_is_path(item) for item in data)):
-        return _FileSource(file_paths(data), name, column, batch_bytes)
+        return _FileSource(file_paths(data), name, column, batch_bytes, count_threads(num_threads))
     if isinstance(data, list | tuple):
         if not data:
             raise ValueError(f"{name} is an empty {type(data).__name__}: expected paths or batches")
@@ -254,11 +258,12 @@ class _IterableSource(Source):
 
 
 class _FileSource(Source):
-    def __init__(self, paths: list[Path], name: str, column: str | None, batch_bytes: int) -> None:
+    def __init__(self, paths: list[Path], name: str, column: str | None, batch_bytes: int, num_threads: int) -> None:
         self.name = name
         self._paths = paths
         self._shards = [open_shard(path, column) for path in paths]
         self._batch_bytes = batch_bytes
+        self._num_threads = num_threads
         self.num_rows = _sum_of(shard.num_rows for shard in self._shards)
         self.dim, self.dtype, self._first = 0, "", paths[0]
         for shard in self._shards:
@@ -280,10 +285,14 @@ class _FileSource(Source):
             )
 
     def batches(self, limit: int | None = None) -> Iterator[Batch]:
-        return prefetch(self._batches(limit), _DEPTH)
+        # Rows that lie as they are used are read by all threads at once, while the system fetches on from the disk.
+        # Those that must be decoded come from a thread that works ahead.
+        decoded = any(shard.decoded for shard in self._shards)
+        depth = _DEPTH if decoded else 1
+        batches = self._batches(limit, Blocks(self._batch_bytes, depth, self._num_threads))
+        return prefetch(batches, depth) if decoded else batches
 
-    def _batches(self, limit: int | None) -> Generator[Batch, None, None]:
-        blocks = Blocks(self._batch_bytes, _DEPTH)
+    def _batches(self, limit: int | None, blocks: Blocks) -> Generator[Batch, None, None]:
         total = 0
         for shard in self._shards:
             for chunk in shard.chunks(blocks):

@@ -35,6 +35,8 @@ Transform = Callable[[Rows, Rows], tuple[int, int, int]]
 
 _DEPTH = 3  # blocks in flight on either side of the transform
 _MAX_UNSYNCED_FILES = 4
+# Files at work at once: writing one is the work of a single thread. More would only make the disk seek.
+_MAX_LANES = 4
 _NORM_TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-5, "float64": 1e-5}
 _SUFFIXES = {"npy": ".npy", "safetensors": ".safetensors", "parquet": ".parquet", "arrow": ".arrow", "pickle": ".pkl"}
 
