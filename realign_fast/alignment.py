@@ -491,10 +491,9 @@ def apply_files(
 
     check_on_bad_rows(on_bad_rows, skip=False)
     parameters = alignment._parameters_of(side)
-    threads = count_threads(num_threads)
     paths = file_paths(text)
 
-    def transform(rows: Rows, out: Rows) -> tuple[int, int, int]:
+    def transform(rows: Rows, out: Rows, threads: int) -> tuple[int, int, int]:
         if rows.values.shape[1] != alignment.dim:
             raise ValueError(f"rows have dimension {rows.values.shape[1]}, the alignment has {alignment.dim}")
         bad = _transform_rows(parameters, rows, out, threads)
@@ -514,6 +513,7 @@ def apply_files(
             job=job,
             resume=resume,
             overwrite=overwrite,
+            num_threads=num_threads,
             progress=advance,
         )
 

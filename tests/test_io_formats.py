@@ -1,3 +1,4 @@
+import os
 import pickle
 import shutil
 
@@ -8,6 +9,7 @@ import torch
 from pyarrow import parquet
 from safetensors.torch import save_file as save_tensors
 
+from realign_fast import _C
 from realign_fast._dtypes import to_float64
 from realign_fast.io._raw import Blocks
 from realign_fast.io.formats import FORMATS, open_shard
@@ -332,6 +334,25 @@ def test_the_fingerprint_follows_content_and_order(tmp_path, write_shard):
     assert first != open_source([b, a], name="text").fingerprint()
     write_shard(b, values_of(5, seed=9))
     assert first != open_source([a, b], name="text").fingerprint()
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_a_file_is_read_by_any_number_of_threads(tmp_path, num_threads):
+    data = np.random.default_rng(0).bytes(9_000_001)
+    (tmp_path / "a").write_bytes(data)
+    with (tmp_path / "a").open("rb") as file:
+        for offset, size in [(0, len(data)), (4097, 5_000_000), (len(data) - 10, 10), (7, 0)]:
+            buffer = bytearray(size)
+            assert _C.read_file(file.fileno(), buffer, offset, num_threads) == size
+            assert buffer == data[offset : offset + size]
+        assert _C.read_file(file.fileno(), bytearray(8_000_000), 2_000_000, num_threads) == 7_000_001
+        assert _C.read_file(file.fileno(), bytearray(10), len(data), num_threads) == 0
+    folder = os.open(tmp_path, os.O_RDONLY)
+    with pytest.raises(IsADirectoryError):
+        _C.read_file(folder, bytearray(10), 0, num_threads)
+    os.close(folder)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        _C.read_file(-1, bytearray(5_000_000), 0, num_threads)
 
 
 def test_every_known_suffix_is_tested_here():

@@ -28,7 +28,7 @@ from realign_fast.io import _sink
 from realign_fast.io._raw import Blocks
 from realign_fast.io.formats import open_shard
 from realign_fast.io.sources import open_source
-from realign_fast.io.writer import convert, verify
+from realign_fast.io.writer import convert, rewrite, verify
 
 DIM = 16
 MANIFEST = "realign-manifest.json"
@@ -228,6 +228,69 @@ def test_a_bad_row_stops_the_job_and_leaves_what_is_finished(folder, alignment):
     assert not (out / "part_2.npy").exists()
     assert not list(out.glob(".*tmp*"))
     assert verify(out)["ok"] is False
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors", ".parquet"])
+def test_any_number_of_threads_writes_the_same_bytes(tmp_path, write_shard, alignment, suffix, num_threads):
+    (tmp_path / "in").mkdir()
+    for index in range(11):
+        write_shard(tmp_path / "in" / f"part_{index}{suffix}", values_of(50 + index, seed=index), ids_of(50 + index))
+    advanced = []
+    for out, threads in (("out", num_threads), ("alone", 1)):
+        job = {"alignment": alignment.fingerprint}
+        rewrite(
+            sorted((tmp_path / "in").iterdir()),
+            tmp_path / out,
+            transform=alignment.transform_rows,
+            job=job,
+            num_threads=threads,
+            progress=advanced.append,
+        )
+    assert sum(advanced) == 2 * sum(range(50, 61))
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "alone")
+    assert verify(tmp_path / "out")["ok"]
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+@pytest.mark.parametrize("bad", [[3], [1, 2], [0, 5, 9], [9]])
+def test_the_first_file_that_fails_is_named_and_those_before_it_are_finished(tmp_path, alignment, num_threads, bad):
+    (tmp_path / "in").mkdir()
+    for index in range(10):
+        values = values_of(200)
+        if index in bad:  # the first of them fails last
+            values[-1 if index == bad[0] else 0] = 0
+        np.save(tmp_path / "in" / f"part_{index}.npy", values)
+    with pytest.raises(ValueError, match=rf"part_{bad[0]}\.npy: row 199 is bad"):
+        apply_files(alignment, tmp_path / "in", tmp_path / "out", num_threads=num_threads)
+    names = {path.name for path in (tmp_path / "out").glob("[!.]*")}
+    assert {f"part_{index}.npy" for index in range(bad[0])} <= names
+    assert not names & {f"part_{index}.npy" for index in bad}
+    assert not [path for path in (tmp_path / "out").iterdir() if ".tmp-" in path.name]
+
+
+def test_an_interrupt_stops_every_lane_and_leaves_a_job_to_resume(tmp_path, write_shard, alignment):
+    (tmp_path / "in").mkdir()
+    for index in range(6):
+        write_shard(tmp_path / "in" / f"part_{index}.npy", values_of(500, seed=index))
+    apply_files(alignment, tmp_path / "in", tmp_path / "whole")
+
+    def transform(rows, out, num_threads):
+        if not interrupted.is_set():
+            interrupted.set()
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.1)  # the main thread sees it
+        return alignment.transform_rows(rows, out, num_threads)
+
+    interrupted = threading.Event()
+    paths, job = sorted((tmp_path / "in").iterdir()), {"any": "job"}
+    with pytest.raises(KeyboardInterrupt):
+        rewrite(paths, tmp_path / "out", transform=transform, job=job, num_threads=2)
+    assert not (tmp_path / "out" / MANIFEST).exists()
+    assert not [path for path in (tmp_path / "out").iterdir() if ".tmp-" in path.name]
+    rewrite(paths, tmp_path / "out", transform=transform, job=job, num_threads=2, resume=True)
+    for path in paths:
+        assert (tmp_path / "out" / path.name).read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
 
 
 def test_several_blocks_of_one_file_come_out_in_order(tmp_path, alignment):

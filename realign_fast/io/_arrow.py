@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class ParquetShard:
                 self.dim = _first_length(path, first.column(0))
         check_shape(path, self.num_rows, self.dim or 1)
 
-    def chunks(self, blocks: Blocks, *, columns: bool = False) -> Iterator[Chunk]:
+    def chunks(self, blocks: Blocks, *, columns: bool = False) -> Generator[Chunk, None, None]:
         """Read the rows, with the other columns in a RecordBatch if `columns`."""
         if self.num_rows == 0:
             return
@@ -100,7 +100,7 @@ class ArrowShard:
                 self.num_rows += batch.num_rows
         check_shape(path, self.num_rows, self.dim or 1)
 
-    def chunks(self, blocks: Blocks, *, columns: bool = False) -> Iterator[Chunk]:
+    def chunks(self, blocks: Blocks, *, columns: bool = False) -> Generator[Chunk, None, None]:
         """Read the rows, with the other columns in a RecordBatch if `columns`."""
         start = 0
         with self._open() as (schema, mapped, batches):
@@ -112,7 +112,7 @@ class ArrowShard:
                     yield Chunk(chunk.rows, start + chunk.start, part)
                 start += len(values)
 
-    def _batch_chunks(self, values: NDArray[Any], mapped: Any, blocks: Blocks) -> Iterator[Chunk]:
+    def _batch_chunks(self, values: NDArray[Any], mapped: Any, blocks: Blocks) -> Generator[Chunk, None, None]:
         address, length = mapped
         offset = values.ctypes.data - address
         if 0 <= offset <= length - values.nbytes:

@@ -10,7 +10,7 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -409,6 +409,6 @@ def needs_columns(shard: Shard) -> bool:
     return isinstance(shard, ParquetShard | ArrowShard | LoadedPickle)
 
 
-def read(shard: Shard, blocks: Blocks) -> Iterator[Chunk]:
+def read(shard: Shard, blocks: Blocks) -> Generator[Chunk, None, None]:
     """Read the chunks of `shard` with all that encoders need."""
     return shard.chunks(blocks, columns=needs_columns(shard))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class NpyShard:
         self.layout = _parse(path)
         self.num_rows, self.dim, self.dtype = self.layout.num_rows, self.layout.dim, self.layout.dtype
 
-    def chunks(self, blocks: Blocks, *, columns: bool = False) -> Iterator[Chunk]:
+    def chunks(self, blocks: Blocks, *, columns: bool = False) -> Generator[Chunk, None, None]:
         """Read the rows; there are no other columns."""
         return read_layout(self.path, self.layout, blocks)
 

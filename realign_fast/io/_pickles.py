@@ -11,7 +11,7 @@ import io
 import math
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class PickleShard:
         """Read the file."""
         return LoadedPickle(self.path, self._column)
 
-    def chunks(self, blocks: Blocks, *, columns: bool = False) -> Iterator[Chunk]:
+    def chunks(self, blocks: Blocks, *, columns: bool = False) -> Generator[Chunk, None, None]:
         """Read the rows, with their dicts if `columns`."""
         yield from self.load().chunks(blocks, columns=columns)
 
@@ -72,7 +72,7 @@ class LoadedPickle:
             self.dim, self.dtype = len(first), dtype_name(first.dtype)
             check_shape(path, self.num_rows, self.dim)
 
-    def chunks(self, blocks: Blocks, *, columns: bool = False) -> Iterator[Chunk]:
+    def chunks(self, blocks: Blocks, *, columns: bool = False) -> Generator[Chunk, None, None]:
         """Copy out the rows, with their dicts if `columns`."""
         if not self.dicts:
             return

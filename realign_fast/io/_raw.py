@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,7 +76,7 @@ def check_shape(path: Path, num_rows: int, dim: int) -> None:
         raise ValueError(f"{path}: expected rows of dimension 1 to {MAX_DIM}, got shape ({num_rows}, {dim})")
 
 
-def read_layout(path: Path, layout: Layout, blocks: Blocks) -> Iterator[Chunk]:
+def read_layout(path: Path, layout: Layout, blocks: Blocks) -> Generator[Chunk, None, None]:
     """Read the rows block after block."""
     dtype = storage(layout.dtype)
     step = blocks.num_rows(layout.dim * dtype.itemsize)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -53,7 +53,7 @@ class SafetensorsShard:
         offset = self.data_start + tensor.begin
         self.layout = Layout(offset, self.num_rows, self.dim, dtype, swapped=sys.byteorder == "big")
 
-    def chunks(self, blocks: Blocks, *, columns: bool = False) -> Iterator[Chunk]:
+    def chunks(self, blocks: Blocks, *, columns: bool = False) -> Generator[Chunk, None, None]:
         """Read the rows; other tensors are no columns."""
         return read_layout(self.path, self.layout, blocks)
 

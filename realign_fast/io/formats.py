@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Protocol
 
@@ -45,7 +45,7 @@ class Shard(Protocol):
     @property
     def decoded(self) -> bool: ...  # noqa: D102
 
-    def chunks(self, blocks: Blocks, *, columns: bool = False) -> Iterator[Chunk]:
+    def chunks(self, blocks: Blocks, *, columns: bool = False) -> Generator[Chunk, None, None]:
         """Read the rows in order, into `blocks` or as views of memory of their own; with other columns if asked."""
         ...
 

@@ -22,8 +22,8 @@ from ._prefetch import prefetch
 from ._raw import Blocks
 from .formats import FORMATS, format_of, open_shard
 
-# Small enough that a kernel finds in the last-level cache what the reader has just copied there, even where three blocks
-# are in flight, large enough to be worth several threads.
+# Small enough that a kernel finds in the last-level cache what the reader has just copied there, even where three
+# blocks are in flight; large enough to be worth several threads.
 BATCH_BYTES = 4 << 20
 _DEPTH = 3
 MANIFEST = "realign-manifest.json"

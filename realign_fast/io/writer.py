@@ -9,9 +9,10 @@ import shutil
 import stat
 import time
 from collections import deque
-from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from .. import _C
 from .._dtypes import Rows, storage, to_float64
 from .._errors import BadRowsError
 from .._rows import dtype_name
+from ..backends import count_threads
 from . import _manifest
 from ._encoders import Encoder, open_encoders, read
 from ._fingerprint import fingerprint
@@ -31,12 +33,13 @@ from ._sink import Sink
 from .formats import FORMATS, Shard, format_of, open_shard
 from .sources import BATCH_BYTES, MANIFEST, SIDECAR, file_paths
 
-Transform = Callable[[Rows, Rows], tuple[int, int, int]]
+Transform = Callable[[Rows, Rows, int], tuple[int, int, int]]
 
 _DEPTH = 3  # blocks in flight on either side of the transform
 _MAX_UNSYNCED_FILES = 4
-# Files at work at once: writing one is the work of a single thread. More would only make the disk seek.
+# Files at work at once, since one is written by a single thread: of formats that hold little in memory.
 _MAX_LANES = 4
+_RAW = frozenset(("npy", "safetensors"))
 _NORM_TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-5, "float64": 1e-5}
 _SUFFIXES = {"npy": ".npy", "safetensors": ".safetensors", "parquet": ".parquet", "arrow": ".arrow", "pickle": ".pkl"}
 
@@ -54,6 +57,7 @@ def rewrite(
     unit_norm: bool = True,
     resume: bool = False,
     overwrite: bool = False,
+    num_threads: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Put the rows of every file through `transform` and write them under the same names into `out_dir`.
@@ -72,8 +76,8 @@ def rewrite(
     out_dir
         Made if missing. Neither the folder of an input nor one above it.
     transform
-        `transform(rows_in, rows_out)` fills `rows_out`, contiguous and of the dtype to write, and returns
-        `(num_zero, num_nonfinite, first_bad)` of its input, or raises `BadRowsError`.
+        `transform(rows_in, rows_out, num_threads)` fills `rows_out`, contiguous and of the dtype to write, and returns
+        `(num_zero, num_nonfinite, first_bad)` of its input, or raises `BadRowsError`. Called from several threads.
     column, id_column
         Names of the embeddings (see `open_shard`) and of the ids.
     dtype
@@ -88,6 +92,8 @@ def rewrite(
         Skip what an interrupted run of the same job has finished.
     overwrite
         Replace the files of an earlier job, one after the other. Files it does not know are left alone.
+    num_threads
+        That compute; by default the cores this process may use.
     progress
         Called with the number of rows just done.
 
@@ -130,8 +136,8 @@ def rewrite(
     if progress is not None and finished:
         progress(sum(entry["rows"] for entry in finished.values()))
     try:
-        run = _Run(transform, column, id_column, dtype, journal, progress)
-        run.do(left)
+        run = _Run(left, transform, column, id_column, dtype, journal, progress)
+        run.do(count_threads(num_threads))
         journal.finish()
     finally:
         journal.close()
@@ -178,7 +184,7 @@ def convert(
     )
 
 
-def _copy(rows: Rows, out: Rows) -> tuple[int, int, int]:
+def _copy(rows: Rows, out: Rows, num_threads: int) -> tuple[int, int, int]:
     if rows.bfloat16 and not out.bfloat16:
         np.left_shift(rows.values, 16, out=out.values.view(np.uint32), dtype=np.uint32)
     else:
@@ -345,10 +351,11 @@ class _Output:
 
 
 class _Run:
-    """Reads in one thread, transforms here, encodes in a second and syncs to disk in a third."""
+    """Files being rewritten, each by one of several lanes; what the lanes share."""
 
     def __init__(
         self,
+        targets: list[_Target],
         transform: Transform,
         column: str | None,
         id_column: str,
@@ -357,47 +364,61 @@ class _Run:
         progress: Callable[[int], None] | None,
     ) -> None:
         self.widened = False
-        self._transform = transform
-        self._column, self._id_column, self._dtype = column, id_column, dtype
+        self.transform = transform
+        self.column, self.id_column = column, id_column
+        self._dtype = dtype
+        self._targets = targets
+        self._next = iter(enumerate(targets))
         self._journal = journal
         self._progress = progress
+        self._lock = Lock()
         self._first: Shard | None = None
-        self._blocks = Blocks(BATCH_BYTES, _DEPTH)
-        self._writes: deque[Future[None]] = deque()
-        self._syncs: deque[Future[None]] = deque()
         self._unfinished: list[_Output] = []
+        self._errors: dict[int, BaseException] = {}
 
-    def do(self, targets: list[_Target]) -> None:
-        output: _Output | None = None
+    def do(self, num_threads: int) -> None:
+        """Rewrite all files; raise the error of the first that failed, as a single lane would meet it."""
+        num_lanes = 1
+        if all(_RAW.issuperset((format_of(target.source), target.format)) for target in self._targets):
+            num_lanes = max(1, min(num_threads, len(self._targets), _MAX_LANES))
         try:
-            with ThreadPoolExecutor(1, "realign-write") as writer, ThreadPoolExecutor(1, "realign-sync") as syncer:
-                for target, shard, chunk in prefetch(self._read(targets), _DEPTH):
-                    if chunk is None:
-                        self._end(output, writer, syncer)
-                        output = self._begin(target, shard)
-                    elif output is not None:
-                        self._map(output, chunk, writer)
-                self._end(output, writer, syncer)
-                for pending in (*self._writes, *self._syncs):
-                    pending.result()
+            with ThreadPoolExecutor(1, "realign-sync") as syncer, ThreadPoolExecutor(num_lanes, "realign-file") as pool:
+                lanes = [pool.submit(_Lane(self, num_threads // num_lanes, syncer).work) for _ in range(num_lanes)]
+                try:
+                    wait(lanes)
+                except BaseException as error:  # an interrupt
+                    self._errors[-1] = error
+            if self._errors:
+                raise self._errors[min(self._errors)]
         finally:
             for unfinished in self._unfinished:
                 unfinished.discard()
 
-    def _read(self, targets: list[_Target]) -> Generator[tuple[_Target, Shard, Chunk | None], None, None]:
-        blocks = Blocks(BATCH_BYTES, _DEPTH)
-        for target in targets:
-            shard = open_shard(target.source, self._column)
-            if isinstance(shard, PickleShard):
-                shard = shard.load()
-            yield target, shard, None
-            for chunk in read(shard, blocks):
-                yield target, shard, chunk
+    def next_file(self) -> tuple[int, _Target] | None:
+        """Return a file nobody works at, and its number."""
+        with self._lock:
+            return None if self._errors else next(self._next, None)
 
-    def _begin(self, target: _Target, shard: Shard) -> _Output:
-        self._check_shape(shard)
-        dim = shard.dim or (self._first.dim if self._first else 0)
-        dtype = self._dtype or shard.dtype or (self._first.dtype if self._first else "float32")
+    def fail(self, index: int, error: BaseException) -> None:
+        """Keep the error of file `index`; files before it are finished, those after it given up."""
+        with self._lock:
+            self._errors[index] = error
+
+    def given_up(self, index: int) -> bool:
+        """Return whether a file before `index` has failed."""
+        return bool(self._errors) and min(tuple(self._errors)) < index
+
+    def advance(self, num_rows: int) -> None:
+        """Show that so many more rows are done."""
+        if self._progress is not None:
+            with self._lock:
+                self._progress(num_rows)
+
+    def begin(self, target: _Target, shard: Shard) -> _Output:
+        """Open the outputs of a file."""
+        first = self._first_shape(shard)
+        dim = shard.dim or (first.dim if first else 0)
+        dtype = self._dtype or shard.dtype or (first.dtype if first else "float32")
         if dtype == "bfloat16" and target.format != "safetensors":
             dtype, self.widened = "float32", True
         if dim == 0 and target.format != format_of(shard.path):
@@ -409,32 +430,84 @@ class _Run:
             target.format,
             output.new_sink(target.path),
             lambda: output.new_sink(target.sidecar),
-            column=self._column,
-            id_column=self._id_column,
+            column=self.column,
+            id_column=self.id_column,
             num_rows=output.num_rows,
             dim=dim,
             dtype=dtype,
         )
         return output
 
-    def _check_shape(self, shard: Shard) -> None:
-        if shard.dim == 0:
-            return
-        first = self._first = self._first or shard
+    def _first_shape(self, shard: Shard) -> Shard | None:
+        with self._lock:
+            if shard.dim == 0:
+                return self._first
+            first = self._first = self._first or shard
         if (shard.dim, shard.dtype) != (first.dim, first.dtype):
             raise ValueError(
                 f"{shard.path} has dimension {shard.dim} and dtype {shard.dtype}, "
                 f"{first.path} has {first.dim} and {first.dtype}"
             )
+        return first
+
+    def finish(self, output: _Output, closed: Future[bool]) -> None:
+        """Put a file in its place; called in the thread that syncs."""
+        if closed.result():
+            self._journal.add(output.finish())
+            self._unfinished.remove(output)
+
+
+class _Lane:
+    """Takes one file after the other: reads and transforms here, encodes in a second thread; a third syncs for all."""
+
+    def __init__(self, run: _Run, num_threads: int, syncer: ThreadPoolExecutor) -> None:
+        self._run = run
+        self._num_threads = num_threads
+        self._syncer = syncer
+        num_bytes = BATCH_BYTES if num_threads > 1 else BATCH_BYTES // 2  # the lanes share the cache
+        self._raw = Blocks(num_bytes, 1, num_threads)
+        self._decoded = Blocks(num_bytes, _DEPTH, num_threads)
+        self._out = Blocks(num_bytes, _DEPTH)
+        self._writes: deque[Future[None]] = deque()
+        self._syncs: deque[Future[None]] = deque()
+
+    def work(self) -> None:
+        index = 0
+        try:
+            with ThreadPoolExecutor(1, "realign-write") as writer:
+                while (found := self._run.next_file()) is not None:
+                    index, target = found
+                    self._rewrite(index, target, writer)
+                for pending in (*self._writes, *self._syncs):
+                    pending.result()
+        except BaseException as error:
+            self._run.fail(index, error)
+
+    def _rewrite(self, index: int, target: _Target, writer: ThreadPoolExecutor) -> None:
+        shard = open_shard(target.source, self._run.column)
+        if isinstance(shard, PickleShard):
+            shard = shard.load()
+        output = self._run.begin(target, shard)
+        blocks = self._decoded if shard.decoded else self._raw
+        chunks = read(shard, blocks)
+        for chunk in prefetch(chunks, _DEPTH) if shard.decoded else chunks:
+            if self._run.given_up(index):
+                return
+            self._map(output, chunk, writer)
+        if output.rows_done != output.num_rows:
+            raise ValueError(f"{target.source}: expected {output.num_rows} rows, found {output.rows_done}")
+        self._syncs.append(self._syncer.submit(self._run.finish, output, writer.submit(output.close)))
+        if len(self._syncs) > _MAX_UNSYNCED_FILES:
+            self._syncs.popleft().result()
 
     def _map(self, output: _Output, chunk: Chunk, writer: ThreadPoolExecutor) -> None:
         if len(self._writes) == _DEPTH:  # the block about to be taken is that of the oldest write
             self._writes.popleft().result()
         num_rows, dim = chunk.rows.values.shape
-        out = Rows(self._blocks.take(num_rows, dim, storage(output.dtype)), output.dtype)
+        out = Rows(self._out.take(num_rows, dim, storage(output.dtype)), output.dtype)
         path = output.target.source
         try:
-            num_zero, num_nonfinite, _ = self._transform(chunk.rows, out)
+            num_zero, num_nonfinite, _ = self._run.transform(chunk.rows, out, self._num_threads)
         except BadRowsError as error:
             raise error.moved(str(path), chunk.start) from None
         except ValueError as error:
@@ -442,22 +515,7 @@ class _Run:
         output.bad_rows += num_zero + num_nonfinite
         output.rows_done += num_rows
         self._writes.append(writer.submit(output.write, out, chunk))
-        if self._progress is not None:
-            self._progress(num_rows)
-
-    def _end(self, output: _Output | None, writer: ThreadPoolExecutor, syncer: ThreadPoolExecutor) -> None:
-        if output is None:
-            return
-        if output.rows_done != output.num_rows:
-            raise ValueError(f"{output.target.source}: expected {output.num_rows} rows, found {output.rows_done}")
-        self._syncs.append(syncer.submit(self._finish, output, writer.submit(output.close)))
-        if len(self._syncs) > _MAX_UNSYNCED_FILES:
-            self._syncs.popleft().result()
-
-    def _finish(self, output: _Output, closed: Future[bool]) -> None:
-        if closed.result():
-            self._journal.add(output.finish())
-            self._unfinished.remove(output)
+        self._run.advance(num_rows)
 
 
 def verify(out_dir: str | os.PathLike[str], progress: Callable[[int], None] | None = None) -> dict[str, Any]:
@@ -532,7 +590,7 @@ def _content_problems(folder: Path, entry: Entry, unit_norm: bool) -> list[str]:
     name, num_rows, num_zero = entry["name"], 0, 0
     try:
         shard = open_shard(folder / name, entry["column"])
-        for chunk in prefetch(_chunks(shard), _DEPTH):
+        for chunk in prefetch(shard.chunks(Blocks(BATCH_BYTES, _DEPTH)), _DEPTH):
             rows, dim = chunk.rows, chunk.rows.values.shape[1]
             if (dim, rows.dtype) != (entry["dim"], entry["dtype"]):
                 return [f"{name} has {dim} x {rows.dtype}, the manifest states {entry['dim']} x {entry['dtype']}"]
@@ -552,7 +610,3 @@ def _content_problems(folder: Path, entry: Entry, unit_norm: bool) -> list[str]:
     if num_zero > entry["bad_rows"]:
         return [f"{name} has {num_zero} rows of zeros, the manifest states {entry['bad_rows']} bad rows"]
     return []
-
-
-def _chunks(shard: Shard) -> Generator[Chunk, None, None]:
-    yield from shard.chunks(Blocks(BATCH_BYTES, _DEPTH))
