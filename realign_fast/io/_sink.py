@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ class Sink:
         self.path = path
         self.size = 0
         self._hasher = _C.XXH64()
-        self._temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+        self._temporary = path.with_name(f".{path.name}.tmp-{os.urandom(4).hex()}")
         with self._errors():
             self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
 
