@@ -100,7 +100,7 @@ def small(rounds: int) -> list[dict]:
         "eager torch": lambda: folded(x),
         "torch.compile": lambda: compiled(x),
     }
-    found = {name: summarise(times) for name, times in interleave(cases, rounds * 5, calls=50).items()}
+    found = {name: summarise(times) for name, times in interleave(cases, rounds * 3, calls=400).items()}
     mine = found["ours"]
     return [
         row(

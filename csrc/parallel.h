@@ -8,10 +8,10 @@
 
 namespace realign {
 
-// How many of `num_threads` are worth their while for so much work. A small batch is done sooner by one: beside torch,
-// whose own threads hold their cores a while after each operation, a second one is late.
+// How many of `num_threads` are worth their while for so much work: waking one costs about as much as a few dozen
+// kilobytes, and beside torch, whose own threads hold their cores a while after each operation, it may come late.
 inline int useful_threads(int num_threads, int64_t num_units, int64_t num_bytes) {
-  constexpr int64_t kBytesPerThread = 1 << 20;
+  constexpr int64_t kBytesPerThread = 1 << 18;
   return int(std::max<int64_t>(1, std::min({int64_t(num_threads), num_units, num_bytes / kBytesPerThread})));
 }
 

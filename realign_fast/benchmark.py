@@ -30,7 +30,8 @@ _BYTES, _QUICK_BYTES = 1 << 30, 64 << 20
 def interleave(cases: Mapping[str, Callable[[], object]], rounds: int, calls: int = 1) -> dict[str, list[float]]:
     """Return the seconds a call of each case took in each of `rounds` rounds, after one that is not counted.
 
-    Short cases are called several times in a round, so that each finds the caches as it leaves them.
+    Short cases are called many times in a round, so that each finds the caches as it leaves them, and no longer the
+    threads of the case before, which go on looking for work for some milliseconds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds + 1):

@@ -52,31 +52,45 @@ struct Ahead {
   }
 };
 
-// out[0] = x.x, out[k] = x.v[k-1]; the v are padded. Four sums each, so that no addition waits for the one before.
-template <int K, typename T>
-inline void dots(const T* x, const float* const* v, int64_t dim, double* out, Ahead* ahead) {
-  constexpr int kSums = 4;
-  F sums[kSums][K + 1];
-  for (int i = 0; i < kSums; ++i)
-    for (int k = 0; k <= K; ++k) sums[i][k] = zero();
+// out[r][0] = x.x of row r, out[r][k] = x.v[k-1]; the v are padded. Rows taken together share the loads of the v, and
+// each is summed as it would be alone. Several sums each, so that no addition waits for the one before.
+template <int K, int kRows, typename T>
+inline void dots(const T* const (&x)[kRows], const float* const* v, int64_t dim, double (*out)[K + 1], Ahead* ahead) {
+  constexpr int kSums = K < 2 ? 4 : 2;  // as many as the registers of AVX2 hold for two rows
+  F sums[kRows][kSums][K + 1];
+  for (int r = 0; r < kRows; ++r)
+    for (int i = 0; i < kSums; ++i)
+      for (int k = 0; k <= K; ++k) sums[r][i][k] = zero();
   int64_t j = 0;
   for (; j + kSums * W <= dim; j += kSums * W) {
-    if (ahead) ahead->step(kSums * W * int64_t(sizeof(T)) / 2);
+    if (ahead) ahead->step(kRows * kSums * W * int64_t(sizeof(T)) / 2);
 #pragma GCC unroll 4
     for (int i = 0; i < kSums; ++i) {
       const int64_t at = j + i * W;
-      const F a = load(x + at);
-      sums[i][0] = fma(a, a, sums[i][0]);
+      F vectors[K + 1];
 #pragma GCC unroll 2
-      for (int k = 0; k < K; ++k) sums[i][k + 1] = fma(a, load(v[k] + at), sums[i][k + 1]);
+      for (int k = 0; k < K; ++k) vectors[k] = load(v[k] + at);
+#pragma GCC unroll 2
+      for (int r = 0; r < kRows; ++r) {
+        const F a = load(x[r] + at);
+        sums[r][i][0] = fma(a, a, sums[r][i][0]);
+#pragma GCC unroll 2
+        for (int k = 0; k < K; ++k) sums[r][i][k + 1] = fma(a, vectors[k], sums[r][i][k + 1]);
+      }
     }
   }
-  for (; j < dim; j += W) {
-    const F a = dim - j >= W ? load(x + j) : load_first(x + j, dim - j);
-    sums[0][0] = fma(a, a, sums[0][0]);
-    for (int k = 0; k < K; ++k) sums[0][k + 1] = fma(a, load(v[k] + j), sums[0][k + 1]);
-  }
-  for (int k = 0; k <= K; ++k) out[k] = sum_of(add(add(sums[0][k], sums[1][k]), add(sums[2][k], sums[3][k])));
+  for (; j < dim; j += W)
+    for (int r = 0; r < kRows; ++r) {
+      const F a = dim - j >= W ? load(x[r] + j) : load_first(x[r] + j, dim - j);
+      sums[r][0][0] = fma(a, a, sums[r][0][0]);
+      for (int k = 0; k < K; ++k) sums[r][0][k + 1] = fma(a, load(v[k] + j), sums[r][0][k + 1]);
+    }
+  for (int r = 0; r < kRows; ++r)
+    for (int k = 0; k <= K; ++k) {
+      F sum = add(sums[r][0][k], sums[r][1][k]);
+      if (kSums == 4) sum = add(sum, add(sums[r][kSums - 2][k], sums[r][kSums - 1][k]));
+      out[r][k] = sum_of(sum);
+    }
 }
 
 inline bool fits_float32(double square) { return square > kSmallestSquare && square < kLargestSquare; }
@@ -258,20 +272,20 @@ void moments(const RowRange& rows, int64_t* sums, uint64_t* keys, const float* p
   for (int64_t first = 0; first < rows.num_rows; first += kRowsPerBlock) {
     const int count = block_size(rows, first);
     // All products before all square roots: so the processor waits for neither.
-    double products[kRowsPerBlock][2];
+    double squares[kRowsPerBlock][1], products[kRowsPerBlock][2];
     Ahead ahead = ahead_of(rows, first);
     for (int k = 0; k < count; ++k) {
-      const T* x = row_at<T>(rows, first + k);
+      const T* const x[] = {row_at<T>(rows, first + k)};
       if (keys)
-        dots<1>(x, &projection, rows.dim, products[k], &ahead);
+        dots<1>(x, &projection, rows.dim, products + k, &ahead);
       else
-        dots<0>(x, nullptr, rows.dim, products[k], &ahead);
+        dots<0>(x, nullptr, rows.dim, squares + k, &ahead);
     }
     Block<T> block;
     for (int k = 0; k < count; ++k) {
       const int64_t i = first + k;
       const T* x = row_at<T>(rows, i);
-      const double square = products[k][0];
+      const double square = keys ? products[k][0] : squares[k][0];
       if (fits_float32(square)) {
         block.rows[block.count] = x;
         block.row_factor[block.count++] = float(kUnits / __builtin_sqrt(square));
@@ -311,7 +325,15 @@ template <typename T>
 inline Factors factors_of(const RowRange& rows, int64_t first, int count, const Map& map, Ahead* ahead) {
   double products[kRowsPerBlock][3] = {};
   const float* const vectors[2] = {map.shift, map.correction};
-  for (int k = 0; k < count; ++k) dots<2>(row_at<T>(rows, first + k), vectors, rows.dim, products[k], ahead);
+  int done = 0;
+  for (; done + 2 <= count; done += 2) {
+    const T* const x[] = {row_at<T>(rows, first + done), row_at<T>(rows, first + done + 1)};
+    dots<2>(x, vectors, rows.dim, products + done, ahead);
+  }
+  if (done < count) {
+    const T* const x[] = {row_at<T>(rows, first + done)};
+    dots<2>(x, vectors, rows.dim, products + done, ahead);
+  }
   const double s = map.scale, shift_shift = map.shift_shift, shift_correction = map.shift_correction;
   const double correction_correction = map.correction_correction;
   Factors factors;
@@ -386,35 +408,51 @@ inline void write_long(const RowRange& rows, const Map& map, int64_t i, Out* out
   }
 }
 
-// out = row_factor x + shift_factor shift + correction_factor correction.
-template <bool kStream, typename In, typename Out>
-inline void write_fused(const In* x, const float* shift, const float* correction, float row_factor, float shift_factor,
-                        float correction_factor, int64_t dim, Out* out, Ahead* ahead) {
-  const F factor = set1(row_factor), factor_of_shift = set1(shift_factor),
-          factor_of_correction = set1(correction_factor);
-  const auto value = [&](F a, int64_t j) __attribute__((always_inline)) {
-    const F rest = fma(factor_of_shift, load(shift + j), mul(factor_of_correction, load(correction + j)));
-    return fma(factor, a, rest);
-  };
-  const auto write = [&](int64_t from, int64_t to) __attribute__((always_inline)) {
-    int64_t j = from;
-    for (; j + W <= to; j += W) store(out + j, value(load(x + j), j));
-    if (j < to) store_first(out + j, to - j, value(load_first(x + j, to - j), j));
-  };
-  if (!kStream) return write(0, dim);
-  // Whole lines pass the caches. A line that two rows share must not: the halves of it would each cost a read and a
-  // write.
+// One row on its way out: out = row x + shift_factor shift + correction_factor correction.
+template <typename In, typename Out>
+struct FusedRow {
+  const In* x;
+  Out* out;
+  F row, shift, correction;
+
+  F value(F a, F shift_part, F correction_part) const __attribute__((always_inline)) {
+    return fma(row, a, fma(shift, shift_part, mul(correction, correction_part)));
+  }
+};
+
+// Elements [from, to) of rows that share the loads of both vectors.
+template <int kRows, typename In, typename Out>
+inline void write_fused(const FusedRow<In, Out> (&rows)[kRows], const Map& map, int64_t from, int64_t to) {
+  int64_t j = from;
+  for (; j + W <= to; j += W) {
+    const F shift = load(map.shift + j), correction = load(map.correction + j);
+#pragma GCC unroll 2
+    for (int r = 0; r < kRows; ++r) store(rows[r].out + j, rows[r].value(load(rows[r].x + j), shift, correction));
+  }
+  if (j == to) return;
+  const F shift = load(map.shift + j), correction = load(map.correction + j);
+  for (int r = 0; r < kRows; ++r)
+    store_first(rows[r].out + j, to - j, rows[r].value(load_first(rows[r].x + j, to - j), shift, correction));
+}
+
+// Whole lines pass the caches. A line that two rows share must not: the halves of it would each cost a read and a
+// write.
+template <typename In, typename Out>
+inline void stream_fused(const FusedRow<In, Out> (&rows)[1], const Map& map, int64_t dim, Ahead* ahead) {
+  const FusedRow<In, Out>& row = rows[0];
+  Out* const out = row.out;
   constexpr int64_t kLine = 64 / int64_t(sizeof(Out));
   const int64_t past = int64_t(reinterpret_cast<uintptr_t>(out) % 64) / int64_t(sizeof(Out));
   const int64_t begin = past == 0 ? 0 : kLine - past < dim ? kLine - past : dim;
   const int64_t end = begin + (dim - begin) / kLine * kLine;
-  write(0, begin);
+  write_fused(rows, map, 0, begin);
   for (int64_t j = begin; j < end; j += kLine) {
     ahead->step(kLine * int64_t(sizeof(In)) / 2);
 #pragma GCC unroll 8
-    for (int64_t k = j; k < j + kLine; k += W) stream(out + k, value(load(x + k), k));
+    for (int64_t k = j; k < j + kLine; k += W)
+      stream(out + k, row.value(load(row.x + k), load(map.shift + k), load(map.correction + k)));
   }
-  write(end, dim);
+  write_fused(rows, map, end, dim);
 }
 
 template <typename In, typename Out>
@@ -424,18 +462,25 @@ void row_transform(const RowRange& rows, const Map& map, char* out_data, int64_t
     const int count = block_size(rows, first);
     Ahead ahead = ahead_of(rows, first);
     const Factors factors = factors_of<In>(rows, first, count, map, &ahead);
+    const auto out_at = [&](int k) { return reinterpret_cast<Out*>(out_data + (first + k) * out_stride); };
+    const auto row_of = [&](int k) {
+      return FusedRow<In, Out>{row_at<In>(rows, first + k), out_at(k), set1(float(factors.row[k])),
+                               set1(float(factors.shift[k])), set1(float(factors.correction[k]))};
+    };
     for (int k = 0; k < count; ++k) {
-      const In* x = row_at<In>(rows, first + k);
-      Out* out = reinterpret_cast<Out*>(out_data + (first + k) * out_stride);
-      const float row = float(factors.row[k]), shift = float(factors.shift[k]);
-      const float correction = float(factors.correction[k]);
+      if (!factors.fused[k]) {
+        write_long<In>(rows, map, first + k, out_at(k), scratch, bad);
+        continue;
+      }
       // A stream needs whole elements up to the next aligned address.
-      if (!factors.fused[k])
-        write_long<In>(rows, map, first + k, out, scratch, bad);
-      else if (nontemporal && reinterpret_cast<uintptr_t>(out) % sizeof(Out) == 0)
-        write_fused<true>(x, map.shift, map.correction, row, shift, correction, rows.dim, out, &ahead);
-      else
-        write_fused<false>(x, map.shift, map.correction, row, shift, correction, rows.dim, out, &ahead);
+      if (nontemporal && reinterpret_cast<uintptr_t>(out_at(k)) % sizeof(Out) == 0) {
+        stream_fused({row_of(k)}, map, rows.dim, &ahead);
+      } else if (k + 1 < count && factors.fused[k + 1]) {
+        write_fused<2, In, Out>({row_of(k), row_of(k + 1)}, map, 0, rows.dim);
+        ++k;
+      } else {
+        write_fused<1, In, Out>({row_of(k)}, map, 0, rows.dim);
+      }
     }
   }
   if (nontemporal) fence();
@@ -452,9 +497,10 @@ void row_transform_long(const RowRange& rows, const Map& map, char* out_data, in
 
 template <typename T>
 inline bool surely_good(const T* x, int64_t dim) {
-  double square;
-  dots<0>(x, nullptr, dim, &square, nullptr);
-  return fits_float32(square);
+  const T* const rows[] = {x};
+  double square[1][1];
+  dots<0>(rows, nullptr, dim, square, nullptr);
+  return fits_float32(square[0][0]);
 }
 inline bool surely_good(const double*, int64_t) { return false; }
 
