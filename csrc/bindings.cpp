@@ -60,10 +60,18 @@ T* vector_of(const py::array& array, int64_t size, const char* name, bool writea
   return static_cast<T*>(const_cast<void*>(array.data()));
 }
 
-MapVectors map_of(double scale, const py::array& shift, const py::array& correction, int64_t dim) {
+RowMap make_map(double scale, const py::array& shift, const py::array& correction) {
   if (!std::isfinite(scale)) throw py::value_error("scale must be finite, got " + std::to_string(scale));
-  return MapVectors(scale, vector_of<double>(shift, dim, "shift", false),
-                    vector_of<double>(correction, dim, "correction", false), dim);
+  if (shift.ndim() != 1) throw py::value_error("shift must have shape (dim,), got " + shape_of(shift));
+  const int64_t dim = shift.shape(0);
+  const double* shift_data = vector_of<double>(shift, dim, "shift", false);
+  return RowMap(scale, shift_data, vector_of<double>(correction, dim, "correction", false), dim);
+}
+
+void check_dim(const RowMap& map, const py::array& array) {
+  if (map.dim() != array.shape(1))
+    throw py::value_error("rows must have the dimension of row_map, " + std::to_string(map.dim()) + ", got shape " +
+                          shape_of(array));
 }
 
 int threads_of(int num_threads) {
@@ -91,10 +99,10 @@ py::tuple py_moments(const py::array& array, bool bfloat16, const py::array& sum
   return tuple_of(bad);
 }
 
-py::tuple py_transformed_moments(const py::array& array, bool bfloat16, double scale, const py::array& shift,
-                                 const py::array& correction, const py::array& sums, int num_threads) {
+py::tuple py_transformed_moments(const py::array& array, bool bfloat16, const RowMap& map, const py::array& sums,
+                                 int num_threads) {
   const Rows rows = rows_of(array, bfloat16, "rows");
-  const MapVectors map = map_of(scale, shift, correction, rows.range.dim);
+  check_dim(map, array);
   int64_t* sum = vector_of<int64_t>(sums, rows.range.dim, "sums", true);
   BadRows bad;
   {
@@ -114,7 +122,7 @@ std::pair<const char*, const char*> extent_of(const Rows& rows) {
 }
 
 py::tuple py_row_transform(const py::array& array, bool bfloat16, const py::array& out_array, bool out_bfloat16,
-                           double scale, const py::array& shift, const py::array& correction, int num_threads) {
+                           const RowMap& map, int num_threads) {
   const Rows rows = rows_of(array, bfloat16, "rows");
   const Rows out = rows_of(out_array, out_bfloat16, "out");
   if (!out_array.writeable()) throw py::value_error("out must be writeable");
@@ -128,7 +136,7 @@ py::tuple py_row_transform(const py::array& array, bool bfloat16, const py::arra
   const auto [out_begin, out_end] = extent_of(out);
   if (!in_place && rows_begin < out_end && out_begin < rows_end)
     throw py::value_error("out must be rows themselves or not overlap them");
-  const MapVectors map = map_of(scale, shift, correction, rows.range.dim);
+  check_dim(map, array);
   BadRows bad;
   {
     const int threads = threads_of(num_threads);
@@ -214,6 +222,9 @@ PYBIND11_MODULE(_C, m) {
   using namespace realign;
 
   m.attr("FIXED_POINT_BITS") = kFixedPointBits;
+  py::class_<RowMap>(m, "RowMap", py::module_local())
+      .def(py::init(&make_map), py::arg("scale"), py::arg("shift").noconvert(), py::arg("correction").noconvert())
+      .def_property_readonly("dim", &RowMap::dim);
   m.def("instruction_sets", [] {
     std::vector<std::string> names;
     for (const KernelTable* table : available_tables()) names.emplace_back(table->name);
@@ -224,11 +235,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("moments", &py_moments, py::arg("rows").noconvert(), py::arg("bfloat16"), py::arg("sums").noconvert(),
         py::arg("keys").none(true), py::arg("num_threads"));
   m.def("transformed_moments", &py_transformed_moments, py::arg("rows").noconvert(), py::arg("bfloat16"),
-        py::arg("scale"), py::arg("shift").noconvert(), py::arg("correction").noconvert(), py::arg("sums").noconvert(),
-        py::arg("num_threads"));
+        py::arg("row_map"), py::arg("sums").noconvert(), py::arg("num_threads"));
   m.def("row_transform", &py_row_transform, py::arg("rows").noconvert(), py::arg("bfloat16"),
-        py::arg("out").noconvert(), py::arg("out_bfloat16"), py::arg("scale"), py::arg("shift").noconvert(),
-        py::arg("correction").noconvert(), py::arg("num_threads"));
+        py::arg("out").noconvert(), py::arg("out_bfloat16"), py::arg("row_map"), py::arg("num_threads"));
   m.def("find_bad_rows", &py_find_bad_rows, py::arg("rows").noconvert(), py::arg("bfloat16"), py::arg("num_threads"));
   m.def("stream_read", &py_stream_read, py::arg("buffer"), py::arg("num_threads"));
   m.def("stream_copy", &py_stream_copy, py::arg("source"), py::arg("target"), py::arg("nontemporal"),

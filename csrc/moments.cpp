@@ -46,7 +46,7 @@ BadRows moments(const Rows& rows, int64_t* sums, uint64_t* keys, int num_threads
                    });
 }
 
-BadRows transformed_moments(const Rows& rows, const MapVectors& map, int64_t* sums, int num_threads) {
+BadRows transformed_moments(const Rows& rows, const RowMap& map, int64_t* sums, int num_threads) {
   const TransformedMomentsKernel kernel = current_table().transformed_moments[rows.dtype];
   const Map view = map.view();
   return sum_parts(rows, sums, num_threads,

@@ -10,6 +10,6 @@ namespace realign {
 BadRows moments(const Rows& rows, int64_t* sums, uint64_t* keys, int num_threads);
 
 // The same of the rows that row_transform would write.
-BadRows transformed_moments(const Rows& rows, const MapVectors& map, int64_t* sums, int num_threads);
+BadRows transformed_moments(const Rows& rows, const RowMap& map, int64_t* sums, int num_threads);
 
 }  // namespace realign

@@ -9,8 +9,10 @@ constexpr int64_t kStreamBytes = 16 << 20;
 
 }  // namespace
 
-MapVectors::MapVectors(double scale, const double* shift, const double* correction, int64_t dim)
-    : scale_(scale), shift64_(shift), correction64_(correction), shift_(dim + kPadding), correction_(dim + kPadding) {
+RowMap::RowMap(double scale, const double* shift, const double* correction, int64_t dim)
+    : dim_(dim), scale_(scale), shift64_(dim), correction64_(dim), shift_(dim + kPadding), correction_(dim + kPadding) {
+  std::copy_n(shift, dim, shift64_.data());
+  std::copy_n(correction, dim, correction64_.data());
   for (int64_t j = 0; j < dim; ++j) {
     shift_.data()[j] = float(shift[j]);
     correction_.data()[j] = float(correction[j]);
@@ -20,18 +22,12 @@ MapVectors::MapVectors(double scale, const double* shift, const double* correcti
   }
 }
 
-Map MapVectors::view() const {
-  return {scale_,
-          shift64_,
-          correction64_,
-          shift_.data(),
-          correction_.data(),
-          shift_shift_,
-          correction_correction_,
-          shift_correction_};
+Map RowMap::view() const {
+  return {scale_,       shift64_.data(),        correction64_.data(), shift_.data(), correction_.data(),
+          shift_shift_, correction_correction_, shift_correction_};
 }
 
-BadRows row_transform(const Rows& rows, const MapVectors& map, char* out, int64_t out_stride, Dtype out_dtype,
+BadRows row_transform(const Rows& rows, const RowMap& map, char* out, int64_t out_stride, Dtype out_dtype,
                       int num_threads) {
   const RowTransformKernel kernel = current_table().row_transform[rows.dtype][out_dtype];
   const Map view = map.view();

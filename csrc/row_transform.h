@@ -5,21 +5,23 @@
 
 namespace realign {
 
-// The map's vectors as the kernels read them.
-class MapVectors {
+// A map as the kernels read it. Its vectors are copied and prepared once, for any number of batches.
+class RowMap {
  public:
-  MapVectors(double scale, const double* shift, const double* correction, int64_t dim);
+  RowMap(double scale, const double* shift, const double* correction, int64_t dim);
+  int64_t dim() const { return dim_; }
   Map view() const;
 
  private:
+  int64_t dim_;
   double scale_;
-  const double *shift64_, *correction64_;
+  AlignedVector<double> shift64_, correction64_;
   AlignedVector<float> shift_, correction_;
   double shift_shift_ = 0, correction_correction_ = 0, shift_correction_ = 0;
 };
 
 // `out` may be the rows themselves, or must not overlap them. Bad rows become zeros.
-BadRows row_transform(const Rows& rows, const MapVectors& map, char* out, int64_t out_stride, Dtype out_dtype,
+BadRows row_transform(const Rows& rows, const RowMap& map, char* out, int64_t out_stride, Dtype out_dtype,
                       int num_threads);
 
 BadRows find_bad_rows(const Rows& rows, int num_threads);

@@ -30,6 +30,17 @@ def instruction_set() -> str:
 def use_instruction_set(name: str) -> None:
     """Use `name` from now on in this process ("auto": the fastest). ValueError if it cannot run here."""
 
+class RowMap:
+    """The map `pi(pi(scale * u + shift) + correction)` of unit rows `u = pi(row)`, prepared for the kernels.
+
+    `shift` and `correction` are contiguous (dim,) and copied. ValueError or TypeError where they are not, or where
+    `scale` is not finite.
+    """
+
+    def __init__(self, scale: float, shift: NDArray[np.float64], correction: NDArray[np.float64]) -> None: ...
+    @property
+    def dim(self) -> int: ...
+
 def moments(
     rows: Rows,
     bfloat16: bool,
@@ -45,9 +56,7 @@ def moments(
 def transformed_moments(
     rows: Rows,
     bfloat16: bool,
-    scale: float,
-    shift: NDArray[np.float64],
-    correction: NDArray[np.float64],
+    row_map: RowMap,
     sums: NDArray[np.int64],
     num_threads: int,
 ) -> BadRows:
@@ -58,12 +67,10 @@ def row_transform(
     bfloat16: bool,
     out: Rows,
     out_bfloat16: bool,
-    scale: float,
-    shift: NDArray[np.float64],
-    correction: NDArray[np.float64],
+    row_map: RowMap,
     num_threads: int,
 ) -> BadRows:
-    """`out = pi(pi(scale * u + shift) + correction)` with `u = pi(row)`; a bad row becomes zeros.
+    """Write what `row_map` makes of each row; a bad row becomes zeros.
 
     `out` may be `rows` itself; it must not overlap it otherwise.
     """

@@ -600,14 +600,7 @@ class _Problem:
         moments = Moments(self.source.dim)
         for batch in self._batches():
             with _located(batch):
-                moments.update_transformed(
-                    batch.rows,
-                    parameters.scale,
-                    parameters.shift,
-                    parameters.correction,
-                    self._on_bad_rows,
-                    self._num_threads,
-                )
+                moments.update_transformed(batch.rows, parameters.row_map, self._on_bad_rows, self._num_threads)
         return moments
 
     def newton_step(self, parameters: Parameters, residual: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -799,9 +792,7 @@ def _transform_rows(parameters: Parameters, rows: Rows, out: Rows, num_threads: 
         rows.bfloat16,
         out.values,
         out.bfloat16,
-        parameters.scale,
-        parameters.shift,
-        parameters.correction,
+        parameters.row_map,
         count_threads(num_threads),
     )
 

@@ -93,14 +93,14 @@ def kernel_cases(rows: NDArray[Any], out: NDArray[Any], dtype: str, threads: int
     dim = rows.shape[1]
     sums = np.zeros(dim, np.int64)
     rng = np.random.default_rng(1)
-    shift, correction = (factor * rng.normal(size=dim) / np.sqrt(dim) for factor in (0.5, 0.1))
+    row_map = _C.RowMap(1.1, *(factor * rng.normal(size=dim) / np.sqrt(dim) for factor in (0.5, 0.1)))
     bfloat16 = dtype == "bfloat16"
     return {
         "read": lambda: _C.stream_read(rows, threads),
         "copy": lambda: _C.stream_copy(rows, out, False, threads),
         "streamed copy": lambda: _C.stream_copy(rows, out, True, threads),
         "moments": lambda: _C.moments(rows, bfloat16, sums, None, threads),
-        "row_transform": lambda: _C.row_transform(rows, bfloat16, out, bfloat16, 1.1, shift, correction, threads),
+        "row_transform": lambda: _C.row_transform(rows, bfloat16, out, bfloat16, row_map, threads),
     }
 
 

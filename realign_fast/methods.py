@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _C
 from .moments import Moments
 
 _EPS = 1e-10
@@ -28,6 +30,14 @@ class Parameters:
     scale: float
     shift: Vector
     correction: Vector
+
+    @cached_property
+    def row_map(self) -> _C.RowMap:
+        """As the C++ kernels take it."""
+        return _C.RowMap(self.scale, self.shift, self.correction)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Parameters, (self.scale, self.shift, self.correction)
 
 
 class Problem(Protocol):

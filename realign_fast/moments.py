@@ -102,19 +102,15 @@ class Moments:
     def update_transformed(
         self,
         rows: Rows,
-        scale: float,
-        shift: NDArray[np.float64],
-        correction: NDArray[np.float64],
+        row_map: _C.RowMap,
         on_bad_rows: OnBadRows,
         num_threads: int | None = None,
     ) -> None:
-        """Add `pi(pi(scale u + shift) + correction)` of each row, without writing it anywhere."""
+        """Add what `row_map` makes of each row, without writing it anywhere."""
         check_on_bad_rows(on_bad_rows)
         self._check_room(len(rows.values))
         sums = np.zeros_like(self._sums)
-        bad = _C.transformed_moments(
-            rows.values, rows.bfloat16, scale, shift, correction, sums, count_threads(num_threads)
-        )
+        bad = _C.transformed_moments(rows.values, rows.bfloat16, row_map, sums, count_threads(num_threads))
         self._add(sums, len(rows.values), bad, on_bad_rows)
 
     def _check_room(self, num_rows: int) -> None:

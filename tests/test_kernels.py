@@ -48,7 +48,7 @@ def transform(rows: Rows, mapping, dtype: str | None = None, out: np.ndarray | N
     dtype = dtype or rows.dtype
     if out is None:
         out = np.full(rows.values.shape, np.nan if dtype != "bfloat16" else 0x7FC0, storage(dtype))
-    bad = _C.row_transform(rows.values, rows.bfloat16, out, dtype == "bfloat16", *mapping, threads)
+    bad = _C.row_transform(rows.values, rows.bfloat16, out, dtype == "bfloat16", _C.RowMap(*mapping), threads)
     return Rows(out, dtype), bad
 
 
@@ -98,7 +98,7 @@ def test_every_pair_of_dtypes(dtype, out_dtype, dim):
 def test_moments_of_mapped_rows_are_those_of_the_mapped_rows(dtype):
     rows, mapping = make(1000, 300, dtype), make_map(300)
     sums = np.zeros(300, np.int64)
-    assert _C.transformed_moments(rows.values, rows.bfloat16, *mapping, sums, 2) == (0, 0, -1)
+    assert _C.transformed_moments(rows.values, rows.bfloat16, _C.RowMap(*mapping), sums, 2) == (0, 0, -1)
     expected = reference.row_transform(to_float64(rows), *mapping).mean(0)
     np.testing.assert_allclose(sums / 2.0**27 / 1000, expected, rtol=0, atol=1e-8)
 
@@ -268,39 +268,43 @@ def test_callers_at_once_do_not_meet():
 
 
 def test_arguments_that_do_not_fit_are_refused(instruction_set):
-    rows, mapping = make(4, 6).values, make_map(6)
+    rows, row_map = make(4, 6).values, _C.RowMap(*make_map(6))
     out = np.empty_like(rows)
     flat = np.zeros(40, np.float32)
     for arguments, error, message in [
         (
-            (rows.astype(np.int32), False, out, False, *mapping, 1),
+            (rows.astype(np.int32), False, out, False, row_map, 1),
             TypeError,
             "rows must be float16, float32 or float64",
         ),
-        ((rows.astype(">f4"), False, out, False, *mapping, 1), TypeError, "native byte order"),
-        ((rows, True, out, False, *mapping, 1), TypeError, "rows must be uint16 holding bfloat16"),
-        ((rows[0], False, out, False, *mapping, 1), ValueError, r"rows must have shape \(n, dim\)"),
-        ((rows[:, ::2], False, out[:, ::2], False, *mapping, 1), ValueError, "contiguous last axis"),
-        ((rows, False, out[:3], False, *mapping, 1), ValueError, "out must have the shape of rows"),
+        ((rows.astype(">f4"), False, out, False, row_map, 1), TypeError, "native byte order"),
+        ((rows, True, out, False, row_map, 1), TypeError, "rows must be uint16 holding bfloat16"),
+        ((rows[0], False, out, False, row_map, 1), ValueError, r"rows must have shape \(n, dim\)"),
+        ((rows[:, ::2], False, out[:, ::2], False, row_map, 1), ValueError, "contiguous last axis"),
+        ((rows, False, out[:3], False, row_map, 1), ValueError, "out must have the shape of rows"),
         (
-            (rows, False, out, False, 1.0, np.zeros(5), mapping[2], 1),
+            (rows, False, out, False, _C.RowMap(*make_map(5)), 1),
             ValueError,
-            r"shift must be contiguous of shape \(6,\)",
+            "rows must have the dimension of row_map, 5",
         ),
-        (
-            (rows, False, out, False, 1.0, mapping[1], np.zeros(6, np.float32), 1),
-            TypeError,
-            "correction must be float64",
-        ),
-        ((rows, False, out, False, np.nan, *mapping[1:], 1), ValueError, "scale must be finite"),
-        ((rows, False, out, False, *mapping, 0), ValueError, "num_threads must be at least 1"),
-        ((flat[:24].reshape(4, 6), False, flat[6:30].reshape(4, 6), False, *mapping, 1), ValueError, "not overlap"),
+        ((rows, False, out, False, row_map, 0), ValueError, "num_threads must be at least 1"),
+        ((flat[:24].reshape(4, 6), False, flat[6:30].reshape(4, 6), False, row_map, 1), ValueError, "not overlap"),
     ]:
         with pytest.raises(error, match=message):
             _C.row_transform(*arguments)
+    vector = np.zeros(6)
+    for arguments, error, message in [
+        ((1.0, vector, np.zeros(5)), ValueError, r"correction must be contiguous of shape \(6,\)"),
+        ((1.0, np.zeros((2, 6)), vector), ValueError, r"shift must have shape \(dim,\)"),
+        ((1.0, np.zeros(12)[::2], vector), ValueError, "shift must be contiguous"),
+        ((1.0, vector, np.zeros(6, np.float32)), TypeError, "correction must be float64"),
+        ((np.nan, vector, vector), ValueError, "scale must be finite"),
+    ]:
+        with pytest.raises(error, match=message):
+            _C.RowMap(*arguments)
     out.flags.writeable = False
     with pytest.raises(ValueError, match="out must be writeable"):
-        _C.row_transform(rows, False, out, False, *mapping, 1)
+        _C.row_transform(rows, False, out, False, row_map, 1)
     with pytest.raises(ValueError, match="instruction set must be one of auto, baseline"):
         _C.use_instruction_set("mmx")
     assert _C.instruction_set() == instruction_set

@@ -260,7 +260,7 @@ struct Case {
   void run(Layout layout, bool first) {
     const std::string at = where(table, dtype, count, dim, layout, contents);
     Block rows = make(layout);
-    const MapVectors vectors(map.scale, map.shift.data(), map.correction.data(), dim);
+    const RowMap vectors(map.scale, map.shift.data(), map.correction.data(), dim);
     const Map view = vectors.view();
     const std::unique_ptr<double[]> scratch(new double[size_t(dim)]);
 
@@ -396,7 +396,7 @@ void test_threads() {
   for (int64_t i = 0; i < kCount; ++i)
     for (int64_t j = 0; j < kDim; ++j) encode(i == 17000 ? std::nan("") : random.uniform(), kFloat32, rows.at(i, j));
   const TestMap map = make_map(kDim, kUsual, {});
-  const MapVectors vectors(map.scale, map.shift.data(), map.correction.data(), kDim);
+  const RowMap vectors(map.scale, map.shift.data(), map.correction.data(), kDim);
   const Rows seen{rows.range(), kFloat32};
   std::vector<int64_t> sums[2];
   std::vector<uint64_t> keys[2];
