@@ -26,7 +26,7 @@ def dtype_name(dtype: object, *, name: str = "dtype") -> str:
     TypeError
         If it is none of the four; integers are told how to dequantise.
     """
-    text = dtype if isinstance(dtype, str) else _name_of(dtype)
+    text = _name_of(dtype)
     if text in DTYPES:
         return text
     if text in ("int8", "uint8"):
@@ -37,6 +37,11 @@ def dtype_name(dtype: object, *, name: str = "dtype") -> str:
 @cache
 def _name_of(dtype: Any) -> str:
     return getattr(dtype, "name", None) or str(dtype).removeprefix("torch.")
+
+
+def _row_dtype(x: Any, name: str) -> str:
+    dtype = _name_of(x.dtype)
+    return dtype if dtype in DTYPES else dtype_name(dtype, name=f"{name}.dtype")
 
 
 def as_rows(x: object, *, name: str = "x", dim: int | None = None) -> Rows:
@@ -58,19 +63,20 @@ def as_rows(x: object, *, name: str = "x", dim: int | None = None) -> Rows:
     ValueError
         If it has no axis, its dimension is 0 or not `dim`, or it is a tensor that records gradients.
     """
-    if is_tensor(x):
-        values, dtype = _tensor_values(x, name)
-    elif isinstance(x, np.ndarray):
-        dtype = dtype_name(x.dtype, name=f"{name}.dtype")
+    if isinstance(x, np.ndarray):
+        dtype = _row_dtype(x, name)
         values = x.view(np.uint16) if dtype == "bfloat16" else x
+    elif is_tensor(x):
+        values, dtype = _tensor_values(x, name)
     else:
         raise TypeError(f"{name} must be a NumPy array or a torch tensor, got {type(x).__name__}")
-    if values.ndim == 0 or values.shape[-1] == 0:
-        raise ValueError(f"{name} must have shape (..., dim) with dim of at least 1, got {values.shape}")
-    if dim is not None and values.shape[-1] != dim:
-        raise ValueError(f"{name} must have rows of dimension {dim}, got shape {values.shape}")
-    if values.ndim != 2:
-        values = values.reshape(-1, values.shape[-1])
+    shape = values.shape
+    if not shape or shape[-1] == 0:
+        raise ValueError(f"{name} must have shape (..., dim) with dim of at least 1, got {shape}")
+    if dim is not None and shape[-1] != dim:
+        raise ValueError(f"{name} must have rows of dimension {dim}, got shape {shape}")
+    if len(shape) != 2:
+        values = values.reshape(-1, shape[-1])
     if not values.dtype.isnative:
         values = values.astype(values.dtype.newbyteorder("="))
     if values.strides[1] != values.itemsize and values.size:
@@ -85,13 +91,16 @@ def refuse_gradients(x: Any, name: str) -> None:
 
 
 def _tensor_values(x: Any, name: str) -> tuple[NDArray[Any], str]:
-    torch = sys.modules["torch"]
-    refuse_gradients(x, name)
-    dtype = dtype_name(x.dtype, name=f"{name}.dtype")
+    dtype = _row_dtype(x, name)
     if x.requires_grad:
+        refuse_gradients(x, name)
         x = x.detach()
     if not x.is_cpu:
         x = x.cpu()
-    if dtype == "bfloat16":
-        return x.view(torch.int16).numpy().view(np.uint16), dtype
-    return x.numpy(), dtype
+    return host_values(x, dtype), dtype
+
+
+def host_values(x: Any, dtype: str) -> NDArray[Any]:
+    """Return the memory of a CPU tensor of `dtype` as an array of its shape, in `storage(dtype)`."""
+    values: NDArray[Any] = x.view(sys.modules["torch"].int16).numpy() if dtype == "bfloat16" else x.numpy()
+    return values.view(np.uint16) if dtype == "bfloat16" else values

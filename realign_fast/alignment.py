@@ -20,7 +20,7 @@ from . import _C, _files
 from ._dtypes import Rows, empty, storage
 from ._errors import BadRowsError
 from ._progress import progress as show_progress
-from ._rows import as_rows, dtype_name, is_tensor, refuse_gradients
+from ._rows import as_rows, dtype_name, host_values, is_tensor, refuse_gradients
 from ._sample import Sample
 from .backends import choose, count_threads
 from .io.sources import Batch, Source, count_rows, file_paths, open_source
@@ -189,12 +189,12 @@ class Alignment:
         """
         check_on_bad_rows(on_bad_rows, skip=False)
         parameters = self._parameters_of(side)
-        device = x.device.type if is_tensor(x) else "cpu"
+        device = x.device.type if is_tensor(x) and not x.is_cpu else "cpu"
         if choose(backend, device) == "torch":
             return _transform_torch(x, out, dtype, parameters, self.dim, on_bad_rows)
         rows = as_rows(x, name="x", dim=self.dim)
         if out is None:
-            out, target = _new_rows(x, rows.dtype if dtype is None else dtype_name(dtype), self.dim)
+            out, target = _new_rows(x, rows, rows.dtype if dtype is None else dtype_name(dtype))
             _raise_if_bad(_transform_rows(parameters, rows, target, num_threads), on_bad_rows)
             return out
         _check_out(x, out, dtype)
@@ -797,20 +797,22 @@ def _transform_rows(parameters: Parameters, rows: Rows, out: Rows, num_threads: 
     )
 
 
-def _new_rows(x: Any, dtype: str, dim: int) -> tuple[Any, Rows]:
-    """Return an uninitialised result of the kind and shape of `x`, and the same memory as rows."""
-    values = empty(tuple(x.shape), storage(dtype))
-    rows = Rows(values.reshape(-1, dim), dtype)
-    if is_tensor(x):
+def _new_rows(x: Any, rows: Rows, dtype: str) -> tuple[Any, Rows]:
+    """Return an uninitialised result of the kind and shape of `x`, which `rows` are, and the same memory as rows."""
+    if not isinstance(x, np.ndarray):
         torch = sys.modules["torch"]
-        if dtype == "bfloat16":
-            return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16), rows
-        return torch.from_numpy(values), rows
+        same = dtype == rows.dtype and x.is_contiguous()
+        out = torch.empty_like(x) if same else torch.empty(x.shape, dtype=getattr(torch, dtype))
+        return out, Rows(host_values(out, dtype).reshape(rows.values.shape), dtype)
+    values = empty(rows.values.shape, storage(dtype))
+    new = Rows(values, dtype)
+    if x.ndim != 2:
+        values = values.reshape(x.shape)
     if dtype != "bfloat16":
-        return values, rows
+        return values, new
     if x.dtype.name != "bfloat16":
         raise TypeError("NumPy has no bfloat16: pass a torch tensor, or out= as an array of another dtype")
-    return values.view(x.dtype), rows
+    return values.view(x.dtype), new
 
 
 def _check_out(x: Any, out: Any, dtype: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import cache
 
 BACKENDS = ("auto", "cpu", "torch")
 
@@ -35,7 +36,7 @@ def choose(requested: str, device: str) -> str:
 
 
 def count_threads(num_threads: int | None) -> int:
-    """Return how many threads a kernel uses: `num_threads`, or the cores this process may use.
+    """Return how many threads a kernel uses: `num_threads`, or the cores this process might use when first asked.
 
     Inside a DataLoader worker it is one, since there the workers are the parallelism.
 
@@ -51,6 +52,11 @@ def count_threads(num_threads: int | None) -> int:
     worker = sys.modules.get("torch.utils.data._utils.worker")
     if worker is not None and worker.get_worker_info() is not None:
         return 1
+    return _count_cores(os.getpid())
+
+
+@cache  # asking the system takes as long as transforming a few rows
+def _count_cores(process: int) -> int:
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
+        return len(os.sched_getaffinity(process))
     return os.cpu_count() or 1

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Generator
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from ._raw import Blocks, Chunk, Layout, check_shape, read_layout
 _MAGIC = b"\x93NUMPY"
 _MAX_HEADER_BYTES = 10_000  # NumPy's own bound: the parser of literals is not made for more
 _KEYS = {"descr", "fortran_order", "shape"}
+# Python 3.11 counts the depth of its parser in one place for all threads, and raises SystemError where two meet there.
+_parsing = Lock()
 
 
 class NpyShard:
@@ -64,7 +67,8 @@ def _parse(path: Path) -> Layout:
 
 def _parse_header(path: Path, text: bytes, encoding: str) -> dict[str, Any]:
     try:
-        header = ast.literal_eval(text.decode(encoding).strip())
+        with _parsing:
+            header = ast.literal_eval(text.decode(encoding).strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise ValueError(f"{path}: the npy header is damaged: {error}") from None
     if not isinstance(header, dict) or set(header) != _KEYS:
