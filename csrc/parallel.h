@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 namespace realign {
 
@@ -20,20 +21,30 @@ inline int useful_threads(int num_threads, int64_t num_units, int64_t num_bytes)
 // where nobody helps it.
 void run_parts(int num_parts, const std::function<void(int)>& work);
 
-// Calls work(part, begin, end) on ranges of [0, size) that begin at multiples of `multiple`, each going to whoever of
-// `num_parts` is free, so that no thread waits for a slower one. What one part is given, one thread does.
+// Calls work(part, begin, end) on ranges of [0, size) that begin at multiples of `multiple`. Each part has a share of
+// its own, the same in every call of one size, so that it finds in its cache what it left there; then it helps with the
+// others', so that no thread waits for a slower one. What one part is given, one thread does.
 template <typename Work>
 void parallel_for(int num_parts, int64_t size, int64_t unit_bytes, int64_t multiple, const Work& work) {
-  int64_t length = size;
-  if (num_parts > 1) {
-    // Small enough to share a batch evenly, large enough that little of what is fetched ahead goes astray.
-    const int64_t bytes = std::clamp<int64_t>(size * unit_bytes / (8 * num_parts), 32 << 10, 4 << 20);
-    length = (bytes / unit_bytes / multiple + 1) * multiple;
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  // Small enough to share a batch evenly, large enough that little of what is fetched ahead goes astray.
+  const int64_t bytes = std::clamp<int64_t>(size * unit_bytes / (16 * num_parts), 32 << 10, 4 << 20);
+  const int64_t length = num_parts == 1 ? size : (bytes / unit_bytes / multiple + 1) * multiple;
+  const int64_t share = (size / num_parts / multiple + 1) * multiple;
+  std::vector<Share> shares(static_cast<size_t>(num_parts));
+  for (size_t part = 0; part < shares.size(); ++part) {
+    shares[part].next = share * int64_t(part);
+    shares[part].end = std::min(size, share * int64_t(part + 1));
   }
-  std::atomic<int64_t> next{0};
   run_parts(num_parts, [&](int part) {
-    for (int64_t begin; (begin = next.fetch_add(length, std::memory_order_relaxed)) < size;)
-      work(part, begin, std::min(size, begin + length));
+    for (int step = 0; step < num_parts; ++step) {
+      Share& from = shares[size_t((part + step) % num_parts)];
+      for (int64_t begin; (begin = from.next.fetch_add(length, std::memory_order_relaxed)) < from.end;)
+        work(part, begin, std::min(from.end, begin + length));
+    }
   });
 }
 

@@ -25,17 +25,19 @@ from .backends import count_threads
 
 DIMS = (512, 768, 1024, 1280, 4096)
 _BYTES, _QUICK_BYTES = 1 << 30, 64 << 20
+_PAUSE_S = 0.02
 
 
 def interleave(cases: Mapping[str, Callable[[], object]], rounds: int, calls: int = 1) -> dict[str, list[float]]:
     """Return the seconds a call of each case took in each of `rounds` rounds, after one that is not counted.
 
-    Short cases are called many times in a round, so that each finds the caches as it leaves them, and no longer the
-    threads of the case before, which go on looking for work for some milliseconds.
+    Short cases are called many times in a round, so that each finds the caches as it leaves them. A pause before each
+    lets the threads of the case before go to sleep: they look for work for some milliseconds and hold their cores.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds + 1):
         for name, run in cases.items():
+            time.sleep(_PAUSE_S)
             start = time.perf_counter()
             for _ in range(calls):
                 run()
