@@ -172,7 +172,8 @@ class Alignment:
         dtype
             Of the result where `out` is not given: a name, a NumPy or a torch dtype; by default that of `x`.
         backend
-            "auto"; or "cpu", the C++ kernels; or "torch", plain torch operations, on any device.
+            "auto"; or "cpu", the C++ kernels; or "triton", the GPU kernels; or "torch", plain torch operations, on any
+            device. A tensor on a GPU goes through Triton where that can run.
         num_threads
             Of the C++ kernels; by default the cores this process may use, and one inside a DataLoader worker.
         side
@@ -189,9 +190,8 @@ class Alignment:
         """
         check_on_bad_rows(on_bad_rows, skip=False)
         parameters = self._parameters_of(side)
-        device = x.device.type if is_tensor(x) and not x.is_cpu else "cpu"
-        if choose(backend, device) == "torch":
-            return _transform_torch(x, out, dtype, parameters, self.dim, on_bad_rows)
+        if backend not in ("auto", "cpu") or (is_tensor(x) and not x.is_cpu):
+            return _transform_tensor(x, out, dtype, parameters, self.dim, on_bad_rows, backend)
         rows = as_rows(x, name="x", dim=self.dim)
         if out is None:
             out, target = _new_rows(x, rows, rows.dtype if dtype is None else dtype_name(dtype))
@@ -837,19 +837,26 @@ def _copy_back(target: Rows, out: Any) -> None:
         out[...] = target.values.view(out.dtype.newbyteorder("=")).reshape(out.shape)
 
 
-def _transform_torch(x: Any, out: Any, dtype: Any, parameters: Parameters, dim: int, on_bad_rows: str) -> Any:
+def _transform_tensor(
+    x: Any, out: Any, dtype: Any, parameters: Parameters, dim: int, on_bad_rows: str, backend: str
+) -> Any:
+    """Map a tensor where it lies, through Triton or plain torch."""
     if not is_tensor(x):
-        raise TypeError(f"backend 'torch' takes torch tensors, got {type(x).__name__}")
+        choose(backend, "cpu")
+        raise TypeError(f"backend {backend!r} takes torch tensors, got {type(x).__name__}")
     if x.ndim == 0 or x.shape[-1] != dim:
         raise ValueError(f"x must have rows of dimension {dim}, got shape {tuple(x.shape)}")
     refuse_gradients(x, "x")
     name = dtype_name(x.dtype, name="x.dtype")
     if out is not None:
         _check_out(x, out, dtype)
-    from ._torch_rows import row_transform
+    result_name = dtype_name(dtype) if dtype else name if out is None else dtype_name(out.dtype, name="out.dtype")
+    if choose(backend, str(x.device), (name, result_name)) == "triton":
+        from ._triton_rows import row_transform
+    else:
+        from ._torch_rows import row_transform
 
     # A result of its own, so that an error leaves `out` as it was.
-    result_dtype = out.dtype if out is not None else getattr(sys.modules["torch"], dtype_name(dtype) if dtype else name)
-    result = x.new_empty(x.shape, dtype=result_dtype)
+    result = x.new_empty(x.shape, dtype=getattr(sys.modules["torch"], result_name))
     _raise_if_bad(row_transform(x.detach().reshape(-1, dim), result.view(-1, dim), parameters), on_bad_rows)
     return result if out is None else out.copy_(result)

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Collection
 from functools import cache
+from importlib.util import find_spec
 
-BACKENDS = ("auto", "cpu", "torch")
+BACKENDS = ("auto", "cpu", "triton", "torch")
+# Older GPUs lack bfloat16 arithmetic and asynchronous copies, and Triton no longer tests them.
+_LEAST_CAPABILITY = (8, 0)
 
 
-def choose(requested: str, device: str) -> str:
-    """Return "cpu" (the C++ kernels) or "torch" (plain torch) for rows that lie on `device`.
+def choose(requested: str, device: str, dtypes: Collection[str] = ()) -> str:
+    """Return "cpu" (the C++ kernels), "triton" (the GPU kernels) or "torch" (plain torch) for rows on `device`.
 
     A choice left open may fall back; a backend asked for by name raises where it cannot run.
 
     Parameters
     ----------
     requested
-        "auto", "cpu" or "torch".
+        "auto", "cpu", "triton" or "torch".
     device
-        "cpu" for arrays and CPU tensors, otherwise torch's name of the device type, such as "cuda".
+        "cpu" for arrays and CPU tensors, otherwise torch's name of the device, such as "cuda:0".
+    dtypes
+        Of the rows and of the result.
 
     Raises
     ------
@@ -29,10 +35,34 @@ def choose(requested: str, device: str) -> str:
     if requested not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {requested!r}")
     if requested == "auto":
-        return "cpu" if device == "cpu" else "torch"
+        if device == "cpu":
+            return "cpu"
+        return "torch" if _against_triton(device, dtypes) else "triton"
     if requested == "cpu" and device != "cpu":
         raise ValueError(f"backend 'cpu' takes rows in host memory, got rows on {device}")
+    if requested == "triton" and (reason := _against_triton(device, dtypes)):
+        raise ValueError(f"backend 'triton' {reason}")
     return requested
+
+
+def _against_triton(device: str, dtypes: Collection[str]) -> str | None:
+    """Return why the Triton kernels cannot run there, or None."""
+    if find_spec("triton") is None:
+        return "needs triton: pip install 'realign-fast[gpu]'"
+    if "float64" in dtypes:
+        return "takes float16, bfloat16 and float32, got float64"
+    if device == "cpu":
+        # Its interpreter runs the kernels on the CPU, to test them.
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interpreted else "takes rows on a GPU, got rows in host memory"
+    if not device.startswith("cuda"):
+        return f"takes rows on a CUDA or ROCm device, got rows on {device}"
+    torch = sys.modules["torch"]
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < _LEAST_CAPABILITY:
+        least, got = ("{}.{}".format(*pair) for pair in (_LEAST_CAPABILITY, capability))
+        return f"needs a GPU of compute capability {least} or newer, {device} has {got}"
+    return None
 
 
 def count_threads(num_threads: int | None) -> int:

@@ -36,6 +36,11 @@ class Parameters:
         """As the C++ kernels take it."""
         return _C.RowMap(self.scale, self.shift, self.correction)
 
+    @cached_property
+    def device_maps(self) -> dict[Any, Any]:
+        """By device, as the Triton kernels take it: filled where they run."""
+        return {}
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Parameters, (self.scale, self.shift, self.correction)
 

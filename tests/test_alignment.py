@@ -287,6 +287,12 @@ def test_arguments_that_do_not_fit_are_refused(alignment, text):
             alignment.transform(*arguments)
     with pytest.raises(ValueError, match="side must be"):
         alignment.transform(text, side="both")
+    with pytest.raises(ValueError, match="backend 'triton' takes rows on a GPU, got rows in host memory"):
+        alignment.transform(torch.from_numpy(text), backend="triton")
+    with pytest.raises(ValueError, match="backend 'cpu' takes rows in host memory, got rows on meta"):
+        alignment.transform(torch.from_numpy(text).to("meta"), backend="cpu")
+    with pytest.raises(ValueError, match="backend 'triton' takes rows on a CUDA or ROCm device, got rows on meta"):
+        alignment.transform(torch.from_numpy(text).to("meta"), backend="triton")
     with pytest.raises(ValueError, match="backend must be one of"):
         alignment.transform(text, backend="quantum")
     with pytest.raises(TypeError, match="takes torch tensors"):

@@ -1,0 +1,67 @@
+"""How rows are laid over programs and warps: one plan for every kernel that reads rows, and what it will move."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+
+# Rows of up to so many elements stay in the registers of one program; longer ones are read in chunks, twice or more.
+MAX_BLOCK_D = 8192
+_WIDE_BLOCK_D, _WIDE_WARPS = 2048, 4
+_CHUNK_D = 128
+_MAX_BLOCK_N = 16
+# Elements of a tile: enough loads in flight to cover the memory's latency, few enough for the registers.
+_TILE_ELEMENTS = 4096
+_ELEMENTS_PER_WARP = 1024
+# Programs on one multiprocessor that work at once; each goes on to the next tile until none is left.
+_PROGRAMS_PER_PROCESSOR = 8
+
+
+class Plan(NamedTuple):
+    """A launch.
+
+    Attributes
+    ----------
+    block_n, block_d : int
+        Shape of a tile, powers of two; `block_d` covers a row of at most `MAX_BLOCK_D`, and a part of a longer one.
+    chunk_d : int
+        Columns at a time of the rare rows that are computed in float64.
+    num_warps : int
+    num_programs : int
+        The grid; a program does every `num_programs`-th tile.
+    """
+
+    block_n: int
+    block_d: int
+    chunk_d: int
+    num_warps: int
+    num_programs: int
+
+
+def plan_rows(num_rows: int, dim: int, device: torch.device) -> Plan:
+    """Return the launch for `num_rows` rows of `dim` elements."""
+    block_d = max(16, triton.next_power_of_2(dim)) if dim <= MAX_BLOCK_D else _WIDE_BLOCK_D
+    block_n = max(1, min(_MAX_BLOCK_N, _TILE_ELEMENTS // block_d)) if dim <= MAX_BLOCK_D else 1
+    num_warps = max(1, min(16, block_n * block_d // _ELEMENTS_PER_WARP)) if dim <= MAX_BLOCK_D else _WIDE_WARPS
+    num_tiles = triton.cdiv(num_rows, block_n)
+    return Plan(
+        block_n,
+        block_d,
+        min(block_d, _CHUNK_D),
+        num_warps,
+        min(num_tiles, _PROGRAMS_PER_PROCESSOR * count_processors(device)),
+    )
+
+
+def count_processors(device: torch.device) -> int:
+    """Return the multiprocessors of a GPU, and 1 for the interpreter's CPU tensors."""
+    return 1 if device.type == "cpu" else _count_processors(device.index or 0)
+
+
+@cache
+def _count_processors(index: int) -> int:
+    count: int = torch.cuda.get_device_properties(index).multi_processor_count
+    return count

@@ -1,0 +1,109 @@
+"""Every Triton kernel compiled for GPUs that are not here: its memory accesses, registers and spills are looked at."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    from realign_fast.kernels import row_transform
+    from realign_fast.kernels._tuning import MAX_BLOCK_D, plan_rows
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    TARGETS = [GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("cuda", 100, 32)]
+    TARGETS += [GPUTarget("hip", "gfx942", 64)]
+else:
+    TARGETS = []
+
+# dtype, bytes an element.
+DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def compiled(kernel, types, constants, target, num_warps):
+    """Compile `kernel` as its launcher does for large contiguous tensors: addresses and strides divide by 16."""
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    aligned = [i for i, name in enumerate(names) if name not in constants]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    return triton.compile(source, target=target, options={"num_warps": num_warps, "enable_fp_fusion": True})
+
+
+def row_transform_of(dtype, dim, target, *, has_domain=False):
+    plan = plan_rows(4_000_000, dim, torch.device("cpu"))
+    kernel = row_transform._row_transform_kernel if dim <= MAX_BLOCK_D else row_transform._row_transform_wide_kernel
+    names = [f"{name}{bits}" for bits in ("", "64") for name in ("scale", "shift", "correction")]
+    types = {
+        "x_ptr": f"*{dtype}",
+        "out_ptr": f"*{dtype}",
+        "domain_ptr": "*i64" if has_domain else f"*{dtype}",
+        **{f"{name}_ptr": "*fp64" if name.endswith("64") else "*fp32" for name in names},
+        "bad_ptr": "*i64",
+        **dict.fromkeys(("num_rows", "dim", "stride_xn", "stride_on"), "i32"),
+    }
+    constants = {
+        "HAS_DOMAIN": has_domain,
+        "FUSED": True,
+        "BLOCK_N": plan.block_n,
+        "BLOCK_D": plan.block_d,
+        "CHUNK_D": plan.chunk_d,
+    }
+    return compiled(kernel, types, constants, target, plan.num_warps)
+
+
+def assert_no_spills(found, tmp_path):
+    if "cubin" not in found.asm:
+        text = found.asm["amdgcn"]
+        for what in ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size"):
+            assert re.findall(rf"\.{what}: +(\d+)", text) == ["0"]
+        return
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(found.asm["cubin"])
+    report = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report) == [("0", "0")], report
+
+
+def vector_accesses(found):
+    """Count the 16-byte loads and stores of global memory."""
+    if "ptx" in found.asm:
+        text = found.asm["ptx"]
+        return tuple(len(re.findall(rf"{what}\.global\.\S*v4\.[bf]32", text)) for what in ("ld", "st"))
+    text = found.asm["amdgcn"]
+    return tuple(len(re.findall(f"(?:global|buffer)_{what}_dwordx4", text)) for what in ("load", "store"))
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [768, 1280])
+def test_row_transform(tmp_path, target, dtype, dim):
+    found = row_transform_of(dtype, dim, target)
+    assert_no_spills(found, tmp_path)
+    loads, stores = vector_accesses(found)
+    assert loads > 0
+    assert stores > 0
+
+
+@pytest.mark.parametrize("dim", [512, 1024, 1152, 4096, 8192, 16384])
+def test_row_transform_of_other_dimensions(tmp_path, dim):
+    found = row_transform_of("bf16", dim, TARGETS[1])
+    assert_no_spills(found, tmp_path)
+    assert min(vector_accesses(found)) > 0
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
+def test_row_transform_of_many_domains(tmp_path, target):
+    found = row_transform_of("bf16", 768, target, has_domain=True)
+    assert_no_spills(found, tmp_path)
+    assert min(vector_accesses(found)) > 0

@@ -1,0 +1,174 @@
+"""The Triton kernels against the oracle, through Triton's interpreter: `TRITON_INTERPRET=1 pytest` runs these."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import realign_fast as rf
+from realign_fast import reference
+
+pytestmark = [
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, and then no kernel can be compiled"
+    ),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy speaks up where a GPU stays silent
+]
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from realign_fast.kernels import _tuning
+    from realign_fast.kernels import row_transform as kernels
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+# One rounding to the dtype of the result, of values up to 1.
+ROUNDING = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2e-7}
+# Less than a vector, odd, below and above the fused form's limit, not a power of two, the papers'.
+DIMS = [1, 3, 63, 64, 127, 255, 768, 1280]
+
+
+def make(count, dim, dtype=torch.float32, seed=0):
+    rows = reference.project(np.random.default_rng(seed).normal(0.05, 1, (count, dim)))
+    return torch.from_numpy(rows).to(dtype)
+
+
+def make_map(dim, seed=1):
+    rng = np.random.default_rng(seed)
+    return 1.2, 0.5 * rng.normal(size=dim) / np.sqrt(dim), 0.1 * rng.normal(size=dim) / np.sqrt(dim)
+
+
+def maps_of(*mappings):
+    return kernels.Maps.of(*(torch.from_numpy(np.stack(values)) for values in zip(*mappings, strict=True)))
+
+
+def transform(x, *mappings, domain=None, out=None, dtype=None):
+    if out is None:
+        out = torch.full(x.shape, float("nan"), dtype=dtype or x.dtype)
+    bad = kernels.new_bad_rows(x.device)
+    kernels.row_transform(x, out, maps_of(*mappings), bad, domain)
+    return out, bad.tolist()
+
+
+def expected(x, mapping):
+    return reference.row_transform(x.double().numpy(), *mapping)
+
+
+def assert_close(out, wanted):
+    np.testing.assert_allclose(out.double().numpy(), wanted, rtol=0, atol=ROUNDING[out.dtype])
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 65])
+def test_rows_of_any_dimension_and_dtype(dim, dtype, count):
+    x = make(count, dim, dtype)
+    out, bad = transform(x, make_map(dim))
+    assert_close(out, expected(x, make_map(dim)))
+    assert bad[:2] == [0, 0]
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_dtype_becomes_any_other(dtype, out_dtype):
+    x = make(9, 100, dtype)
+    assert_close(transform(x, make_map(100), dtype=out_dtype)[0], expected(x, make_map(100)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_too_long_for_registers(monkeypatch, dtype):
+    monkeypatch.setattr(kernels, "MAX_BLOCK_D", 256)
+    monkeypatch.setattr(_tuning, "MAX_BLOCK_D", 256)
+    monkeypatch.setattr(_tuning, "_WIDE_BLOCK_D", 256)
+    x = make(19, 1100, dtype)
+    x[3] = 0
+    x[7, 1099] = float("inf")
+    out, bad = transform(x, make_map(1100))
+    assert_close(out, expected(x, make_map(1100)))
+    assert bad == [1, 1, 3]
+
+
+@pytest.mark.parametrize("dim", [5, 300])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bad_rows_become_zeros_and_are_counted(dim, dtype):
+    x = make(70, dim, dtype)
+    x[11], x[40] = 0, 0
+    x[8, dim - 1], x[9, 0], x[69, 2] = float("nan"), float("inf"), float("-inf")
+    out, bad = transform(x, make_map(dim))
+    assert bad == [2, 3, 8]
+    assert not out[[8, 9, 11, 40, 69]].any()
+    assert_close(out, expected(x, make_map(dim)))
+
+
+@pytest.mark.parametrize("factor", [1e-38, 1e-25, 1e25, 1e38])
+def test_rows_of_any_magnitude(factor):
+    x = make(6, 200) * factor
+    assert_close(transform(x, make_map(200))[0], expected(x, make_map(200)))
+
+
+def test_half_rows_whose_squares_overflow():
+    x = make(6, 200, torch.float32).mul(60000 / make(6, 200).abs().max()).half()
+    assert_close(transform(x, make_map(200))[0], expected(x, make_map(200)))
+
+
+def test_rows_opposite_to_the_shift_are_computed_in_float64():
+    x = make(5, 128)
+    scale = 1.0
+    shift = -(1 - 1e-4) * x[2].double().numpy()
+    mapping = scale, shift, make_map(128)[2]
+    out, _ = transform(x, mapping)
+    assert_close(out, expected(x, (scale, shift, mapping[2])))
+
+
+def test_each_row_is_mapped_by_its_domain():
+    mappings = [make_map(96, seed) for seed in range(5)]
+    x = make(40, 96)
+    x[4] = 0
+    domain = torch.from_numpy(np.random.default_rng(3).integers(0, 5, 40))
+    out, bad = transform(x, *mappings, domain=domain)
+    wanted = np.concatenate([expected(x[i : i + 1], mappings[domain[i]]) for i in range(40)])
+    assert_close(out, wanted)
+    assert bad == [1, 0, 4]
+
+
+def test_in_place_and_strided_rows():
+    x, mapping = make(33, 80), make_map(80)
+    x[5] *= 1e-30
+    wanted = expected(x, mapping)
+    wide = torch.zeros(33, 100)
+    wide[:, 10:90] = x
+    assert_close(transform(wide[:, 10:90], mapping)[0], wanted)
+    transform(x, mapping, out=wide[:, 10:90])
+    assert_close(wide[:, 10:90], wanted)
+    assert not wide[:, :10].any()
+    assert not wide[:, 90:].any()
+    transform(x, mapping, out=x)
+    assert_close(x, wanted)
+
+
+def test_no_rows():
+    assert transform(make(0, 8), make_map(8))[1][:2] == [0, 0]
+
+
+def test_the_public_transform_goes_through_triton_where_asked():
+    text, image = make(300, 70, seed=4), make(300, 70, seed=5) - 0.1
+    alignment = rf.fit(text, image)
+    x = text[:24].reshape(2, 3, 4, 70)
+    wanted = alignment.transform(x)
+    for dtype in DTYPES:
+        out = alignment.transform(x.to(dtype), backend="triton")
+        assert out.dtype == dtype
+        np.testing.assert_allclose(out.double(), wanted.double(), rtol=0, atol=4 * ROUNDING[dtype])
+    transposed = text.T.contiguous().T[:50]
+    np.testing.assert_allclose(
+        alignment.transform(transposed, backend="triton"), alignment.transform(transposed), rtol=0, atol=4e-7
+    )
+    in_place = x.clone()
+    assert alignment.transform(in_place, out=in_place, backend="triton") is in_place
+    bad = x.clone()
+    bad[1, 2, 3] = float("nan")
+    with pytest.raises(ValueError, match="row 23 is bad"):
+        alignment.transform(bad, backend="triton")
+    assert not alignment.transform(bad, backend="triton", on_bad_rows="zero")[1, 2, 3].any()
+    with pytest.raises(ValueError, match="backend 'triton' takes float16, bfloat16 and float32, got float64"):
+        alignment.transform(x.double(), backend="triton")
+    with pytest.raises(TypeError, match="backend 'triton' takes torch tensors, got ndarray"):
+        alignment.transform(x.numpy(), backend="triton")
