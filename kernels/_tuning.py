@@ -12,10 +12,8 @@ import triton
 MAX_BLOCK_D = 8192
 _WIDE_BLOCK_D, _WIDE_WARPS = 2048, 4
 _CHUNK_D = 128
-_MAX_BLOCK_N = 16
 # Elements of a tile: enough loads in flight to cover the memory's latency, few enough for the registers.
 _TILE_ELEMENTS = 4096
-_ELEMENTS_PER_WARP = 1024
 # Programs on one multiprocessor that work at once; each goes on to the next tile until none is left.
 _PROGRAMS_PER_PROCESSOR = 8
 
@@ -41,11 +39,18 @@ class Plan(NamedTuple):
     num_programs: int
 
 
-def plan_rows(num_rows: int, dim: int, device: torch.device) -> Plan:
-    """Return the launch for `num_rows` rows of `dim` elements."""
+def plan_rows(
+    num_rows: int, dim: int, device: torch.device, max_block_n: int = 16, elements_per_warp: int = 1024
+) -> Plan:
+    """Return the launch for `num_rows` rows of `dim` elements, at most `max_block_n` of them in a tile."""
     block_d = max(16, triton.next_power_of_2(dim)) if dim <= MAX_BLOCK_D else _WIDE_BLOCK_D
-    block_n = max(1, min(_MAX_BLOCK_N, _TILE_ELEMENTS // block_d)) if dim <= MAX_BLOCK_D else 1
-    num_warps = max(1, min(16, block_n * block_d // _ELEMENTS_PER_WARP)) if dim <= MAX_BLOCK_D else _WIDE_WARPS
+    block_n = max(1, min(max_block_n, _TILE_ELEMENTS // block_d)) if dim <= MAX_BLOCK_D else 1
+    num_warps = _WIDE_WARPS
+    if dim <= MAX_BLOCK_D:
+        tile_elements = block_n * block_d
+        if tile_elements > _TILE_ELEMENTS:  # one long row: its shift and correction take registers too
+            elements_per_warp //= 2
+        num_warps = max(1, min(16, tile_elements // elements_per_warp))
     num_tiles = triton.cdiv(num_rows, block_n)
     return Plan(
         block_n,

@@ -1,4 +1,4 @@
-"""The fused row map `out = pi(pi(s u + c) + b)`, `u = pi(x)`, and its gradient: one read and one write of a row.
+"""The fused row map `out = pi(pi(s u + c) + b)`, `u = pi(x)`: one read and one write of a row.
 
 Maps come as a table, so that one launch serves rows of many domains.
 
@@ -47,7 +47,30 @@ class Maps(NamedTuple):
 @triton.jit
 def _inverse_norm(square):
     """1 / sqrt(square), or 1 where it is 0: pi(0) = 0."""
-    return 1 / tl.sqrt(tl.where(square == 0, 1.0, square))
+    square = tl.where(square == 0, 1.0, square)
+    if square.dtype == tl.float32:  # where the plain forms are approximate
+        return tl.div_rn(1.0, tl.sqrt_rn(square))
+    else:
+        return 1 / tl.sqrt(square)
+
+
+@triton.jit
+def _square64(x_rows, wanted, dim, BLOCK_N: tl.constexpr, CHUNK_D: tl.constexpr):
+    """Squared norms: no square of a float32 overflows or vanishes in float64, so 0 and infinity tell bad rows."""
+    square = tl.zeros([BLOCK_N, 1], tl.float64)
+    for start in range(0, dim, CHUNK_D):
+        cols = start + tl.arange(0, CHUNK_D)[None, :]
+        x = tl.load(x_rows + cols, mask=wanted & (cols < dim), other=0).to(tl.float64)
+        square += tl.sum(x * x, axis=1, keep_dims=True)
+    return square
+
+
+@triton.jit
+def _count_bad(bad_ptr, rows, zero, nonfinite):
+    """Add to (num_zero, num_nonfinite, first_bad): atomics on integers give the same result in any order."""
+    tl.atomic_add(bad_ptr + tl.zeros_like(rows), zero.to(tl.int64), mask=zero)
+    tl.atomic_add(bad_ptr + 1 + tl.zeros_like(rows), nonfinite.to(tl.int64), mask=nonfinite)
+    tl.atomic_min(bad_ptr + 2 + tl.zeros_like(rows), rows, mask=zero | nonfinite)
 
 
 @triton.jit
@@ -56,59 +79,36 @@ def _transform_long(
     BLOCK_N: tl.constexpr, CHUNK_D: tl.constexpr,
 ):  # fmt: skip
     """Map the `wanted` rows in float64, a chunk at a time, whatever their magnitude; count the bad ones."""
-    largest = tl.zeros([BLOCK_N, 1], tl.float64)
-    num_nonfinite = tl.zeros([BLOCK_N, 1], tl.int32)
-    for start in range(0, dim, CHUNK_D):
-        cols = start + tl.arange(0, CHUNK_D)[None, :]
-        magnitude = tl.abs(tl.load(x_rows + cols, mask=wanted & (cols < dim), other=0).to(tl.float64))
-        finite = magnitude <= _LARGEST_FLOAT64
-        num_nonfinite += tl.sum(tl.where(finite, 0, 1), axis=1, keep_dims=True)
-        largest = tl.maximum(largest, tl.max(tl.where(finite, magnitude, 0), axis=1, keep_dims=True))
-    good = (num_nonfinite == 0) & (largest > 0)
-    # Two factors, since the reciprocal of a subnormal number overflows.
-    step = tl.where(largest < 1, 2.0**500, 2.0**-500).to(tl.float64)
-    inverse_largest = 1 / tl.where(good, largest * step, 1)
-    square = tl.zeros([BLOCK_N, 1], tl.float64)
-    for start in range(0, dim, CHUNK_D):
-        cols = start + tl.arange(0, CHUNK_D)[None, :]
-        x = tl.load(x_rows + cols, mask=wanted & good & (cols < dim), other=0).to(tl.float64)
-        x = x * step * inverse_largest
-        square += tl.sum(x * x, axis=1, keep_dims=True)
-    scale = tl.load(scale_ptr + maps) * _inverse_norm(square)
+    square = _square64(x_rows, wanted, dim, BLOCK_N, CHUNK_D)
+    finite = square <= _LARGEST_FLOAT64
+    good = finite & (square > 0)
+    _count_bad(bad_ptr, rows, wanted & (square == 0), wanted & (finite == 0))
+    scale = tl.load(scale_ptr + maps) * _inverse_norm(tl.where(good, square, 0))
     square = tl.zeros([BLOCK_N, 1], tl.float64)
     for start in range(0, dim, CHUNK_D):
         cols = start + tl.arange(0, CHUNK_D)[None, :]
         mask = wanted & good & (cols < dim)
-        x = tl.load(x_rows + cols, mask=mask, other=0).to(tl.float64) * step * inverse_largest
-        e = scale * x + tl.load(shift_ptr + maps * dim + cols, mask=mask, other=0)
+        e = scale * tl.load(x_rows + cols, mask=mask, other=0).to(tl.float64)
+        e += tl.load(shift_ptr + maps * dim + cols, mask=mask, other=0)
         square += tl.sum(e * e, axis=1, keep_dims=True)
     inverse1 = _inverse_norm(square)
     square = tl.zeros([BLOCK_N, 1], tl.float64)
     for start in range(0, dim, CHUNK_D):
         cols = start + tl.arange(0, CHUNK_D)[None, :]
         mask = wanted & good & (cols < dim)
-        x = tl.load(x_rows + cols, mask=mask, other=0).to(tl.float64) * step * inverse_largest
-        e = scale * x + tl.load(shift_ptr + maps * dim + cols, mask=mask, other=0)
+        e = scale * tl.load(x_rows + cols, mask=mask, other=0).to(tl.float64)
+        e += tl.load(shift_ptr + maps * dim + cols, mask=mask, other=0)
         e = e * inverse1 + tl.load(correction_ptr + maps * dim + cols, mask=mask, other=0)
         square += tl.sum(e * e, axis=1, keep_dims=True)
     inverse2 = _inverse_norm(square)
     for start in range(0, dim, CHUNK_D):
         cols = start + tl.arange(0, CHUNK_D)[None, :]
         mask = wanted & good & (cols < dim)
-        x = tl.load(x_rows + cols, mask=mask, other=0).to(tl.float64) * step * inverse_largest
-        e = scale * x + tl.load(shift_ptr + maps * dim + cols, mask=mask, other=0)
+        e = scale * tl.load(x_rows + cols, mask=mask, other=0).to(tl.float64)
+        e += tl.load(shift_ptr + maps * dim + cols, mask=mask, other=0)
         e = (e * inverse1 + tl.load(correction_ptr + maps * dim + cols, mask=mask, other=0)) * inverse2
-        tl.store(
-            out_rows + cols,
-            tl.where(good, e, 0).to(tl.float32).to(out_rows.dtype.element_ty),
-            mask=wanted & (cols < dim),
-        )
-    # (num_zero, num_nonfinite, first): atomics on integers give the same result in any order.
-    nonfinite = wanted & (num_nonfinite > 0)
-    zero = wanted & (num_nonfinite == 0) & (largest == 0)
-    tl.atomic_add(bad_ptr + tl.zeros_like(rows), zero.to(tl.int64), mask=zero)
-    tl.atomic_add(bad_ptr + 1 + tl.zeros_like(rows), nonfinite.to(tl.int64), mask=nonfinite)
-    tl.atomic_min(bad_ptr + 2 + tl.zeros_like(rows), rows, mask=zero | nonfinite)
+        # By way of float32: the interpreter cannot round float64 to bfloat16.
+        tl.store(out_rows + cols, e.to(tl.float32).to(out_rows.dtype.element_ty), mask=wanted & (cols < dim))
 
 
 @triton.jit

@@ -1,9 +1,14 @@
-"""The row transform in Triton, on the GPU where the rows lie."""
+"""The kernels in Triton, on the GPU where the rows lie."""
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .kernels import moments as moments_kernels
 from .kernels import row_transform as kernels
 from .methods import Parameters
 
@@ -13,11 +18,26 @@ def row_transform(x: torch.Tensor, out: torch.Tensor, parameters: Parameters) ->
 
     Returns `(num_zero, num_nonfinite, first_bad)`, for which it waits for the device.
     """
-    if x.stride(1) != 1:
-        x = x.contiguous()
     bad_rows = kernels.new_bad_rows(x.device)
-    kernels.row_transform(x, out, _maps_on(x.device, parameters), bad_rows)
-    num_zero, num_nonfinite, first = bad_rows.tolist()
+    kernels.row_transform(_with_contiguous_rows(x), out, _maps_on(x.device, parameters), bad_rows)
+    return _bad_rows(bad_rows)
+
+
+def moments(x: torch.Tensor) -> tuple[NDArray[np.int64], tuple[int, int, int]]:
+    """Return the fixed-point sums `(dim,)` of the good rows of `x` `(n, dim)`, and `row_transform`'s counts."""
+    sums = torch.zeros(x.shape[1], dtype=torch.int64, device=x.device)
+    bad_rows = kernels.new_bad_rows(x.device)
+    moments_kernels.moments(_with_contiguous_rows(x), sums, bad_rows)
+    values: NDArray[Any] = sums.cpu().numpy()
+    return values, _bad_rows(bad_rows)
+
+
+def _with_contiguous_rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _bad_rows(counts: torch.Tensor) -> tuple[int, int, int]:
+    num_zero, num_nonfinite, first = counts.tolist()
     return num_zero, num_nonfinite, first if num_zero + num_nonfinite else -1
 
 

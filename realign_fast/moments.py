@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from . import _C, _files
 from ._dtypes import Rows
 from ._errors import BadRowsError
-from ._rows import as_rows
-from .backends import count_threads
+from ._rows import as_rows, dtype_name, is_tensor, refuse_gradients
+from .backends import choose, count_threads
 
 OnBadRows = Literal["raise", "skip", "zero"]
 
@@ -62,7 +62,14 @@ class Moments:
         self.num_skipped = 0
         self._sums: NDArray[np.int64] = np.zeros(self.dim, np.int64)
 
-    def update(self, batch: object, *, on_bad_rows: OnBadRows = "raise", num_threads: int | None = None) -> Moments:
+    def update(
+        self,
+        batch: object,
+        *,
+        on_bad_rows: OnBadRows = "raise",
+        num_threads: int | None = None,
+        backend: str = "auto",
+    ) -> Moments:
         """Add the rows of `batch`, of shape `(..., dim)`, and return self.
 
         Parameters
@@ -74,16 +81,39 @@ class Moments:
             "skip" leaves the rows out, "zero" counts them as zero vectors.
         num_threads
             At most so many; by default the cores this process may use.
+        backend
+            "auto"; or "cpu", the C++ kernels; or "triton", the GPU kernels. A tensor on a GPU goes through Triton where
+            that can run, and else through host memory.
 
         Raises
         ------
         BadRowsError
             A ValueError: under "raise", naming the first bad row.
         TypeError, ValueError
-            If `batch` has another dtype or dimension.
+            If `batch` has another dtype or dimension, or the backend cannot run where it lies.
         """
-        self.update_rows(as_rows(batch, name="batch", dim=self.dim), on_bad_rows, num_threads)
+        if backend == "torch":
+            raise ValueError("backend must be one of auto, cpu, triton for moments, got 'torch'")
+        device = str(batch.device) if is_tensor(batch) and not batch.is_cpu else "cpu"
+        if choose(backend, device, (dtype_name(batch.dtype),) if is_tensor(batch) else ()) == "triton":
+            self._update_on_gpu(batch, on_bad_rows)
+        else:
+            self.update_rows(as_rows(batch, name="batch", dim=self.dim), on_bad_rows, num_threads)
         return self
+
+    def _update_on_gpu(self, batch: Any, on_bad_rows: OnBadRows) -> None:
+        check_on_bad_rows(on_bad_rows)
+        if not is_tensor(batch):
+            raise TypeError(f"backend 'triton' takes torch tensors, got {type(batch).__name__}")
+        if batch.ndim == 0 or batch.shape[-1] != self.dim:
+            raise ValueError(f"batch must have rows of dimension {self.dim}, got shape {tuple(batch.shape)}")
+        refuse_gradients(batch, "batch")
+        from ._triton_rows import moments
+
+        rows = batch.detach().reshape(-1, self.dim)
+        self._check_room(len(rows))
+        sums, bad = moments(rows)
+        self._add(sums, len(rows), bad, on_bad_rows)
 
     def update_rows(
         self,

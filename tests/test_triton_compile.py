@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    from realign_fast.kernels import row_transform
+    from realign_fast.kernels import moments, row_transform
     from realign_fast.kernels._tuning import MAX_BLOCK_D, plan_rows
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -107,3 +107,35 @@ def test_row_transform_of_many_domains(tmp_path, target):
     found = row_transform_of("bf16", 768, target, has_domain=True)
     assert_no_spills(found, tmp_path)
     assert min(vector_accesses(found)) > 0
+
+
+SIZES = dict.fromkeys(("num_rows", "dim", "stride_xn"), "i32")
+
+
+def moments_of(dtype, dim, target):
+    plan = moments.plan_moments(4_000_000, dim, torch.device("cpu"))
+    types = {"x_ptr": f"*{dtype}", "sums_ptr": "*i64", "bad_ptr": "*i64", **SIZES}
+    constants = {"BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d, "CHUNK_D": plan.chunk_d}
+    return compiled(moments._moments_kernel, types, constants, target, plan.num_warps)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [768, 1280])
+def test_moments(tmp_path, target, dtype, dim):
+    found = moments_of(dtype, dim, target)
+    assert_no_spills(found, tmp_path)
+    assert vector_accesses(found)[0] > 0
+
+
+@pytest.mark.parametrize("dim", [512, 1024, 1152, 4096, 8192])
+def test_moments_of_other_dimensions(tmp_path, dim):
+    assert_no_spills(moments_of("bf16", dim, TARGETS[1]), tmp_path)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
+def test_moments_of_rows_too_long_for_registers(tmp_path, target):
+    types = {"x_ptr": "*bf16", "factor_ptr": "*fp64", "sums_ptr": "*i64", "bad_ptr": "*i64", **SIZES}
+    block = {"BLOCK_N": moments._MAX_BLOCK_N}
+    assert_no_spills(compiled(moments._factors_kernel, types, {**block, "CHUNK_D": 128}, target, 4), tmp_path)
+    assert_no_spills(compiled(moments._columns_kernel, types, {**block, "BLOCK_D": 128}, target, 4), tmp_path)

@@ -17,6 +17,7 @@ pytestmark = [
 ]
 if os.environ.get("TRITON_INTERPRET") == "1":
     from realign_fast.kernels import _tuning
+    from realign_fast.kernels import moments as moments_kernels
     from realign_fast.kernels import row_transform as kernels
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -172,3 +173,80 @@ def test_the_public_transform_goes_through_triton_where_asked():
         alignment.transform(x.double(), backend="triton")
     with pytest.raises(TypeError, match="backend 'triton' takes torch tensors, got ndarray"):
         alignment.transform(x.numpy(), backend="triton")
+
+
+def sums_of(x):
+    sums, bad = torch.zeros(x.shape[1], dtype=torch.int64), kernels.new_bad_rows(x.device)
+    moments_kernels.moments(x, sums, bad)
+    return sums.numpy(), bad.tolist()
+
+
+def mean_tolerance(count):
+    """Each element of a mean lies within this of the exact one."""
+    return 1e-9 + 8e-8 / np.sqrt(count)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_moments_of_any_dimension_and_dtype(dim, dtype):
+    x = make(67, dim, dtype)
+    sums, bad = sums_of(x)
+    _, mean, _ = reference.moments(x.double().numpy())
+    np.testing.assert_allclose(sums / 2.0**27 / 67, mean, rtol=0, atol=mean_tolerance(67))
+    assert bad[:2] == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_moments_of_rows_too_long_for_registers(monkeypatch, dtype):
+    monkeypatch.setattr(moments_kernels, "MAX_BLOCK_D", 256)
+    x = make(30, 700, dtype)
+    x[29, 699], x[4] = float("nan"), 0
+    sums, bad = sums_of(x)
+    count, mean, _ = reference.moments(x.double().numpy())
+    np.testing.assert_allclose(sums / 2.0**27 / count, mean, rtol=0, atol=mean_tolerance(count))
+    assert bad == [1, 1, 4]
+
+
+def test_moments_have_the_same_bits_in_any_order_and_chunking():
+    x = make(101, 130)
+    sums, _ = sums_of(x)
+    np.testing.assert_array_equal(sums_of(x.flip(0))[0], sums)
+    parts = [sums_of(part)[0] for part in x.split([1, 9, 50, 41])]
+    np.testing.assert_array_equal(sum(parts), sums)
+
+
+def test_moments_leave_bad_rows_out_and_take_rows_of_any_magnitude():
+    x = make(40, 77)
+    x[3], x[20, 5], x[21, 76] = 0, float("inf"), float("nan")
+    x[7] *= 1e-30
+    x[8] *= 1e30
+    x[9] = 0
+    x[9, 0] = 1e-45
+    sums, bad = sums_of(x)
+    count, mean, _ = reference.moments(x.double().numpy())
+    np.testing.assert_allclose(sums / 2.0**27 / count, mean, rtol=0, atol=mean_tolerance(count))
+    assert bad == [1, 2, 3]
+
+
+def test_sums_of_equal_rows_do_not_overflow():
+    x = torch.zeros(64, 20)
+    x[:, 3] = -1
+    np.testing.assert_array_equal(sums_of(x)[0][[3, 4]], [-64 << 27, 0])
+
+
+def test_the_public_moments_go_through_triton_where_asked():
+    x = make(50, 33).reshape(5, 10, 33)
+    moments = rf.Moments(33).update(x, backend="triton")
+    plain = rf.Moments(33).update(x)
+    assert moments.count == 50
+    np.testing.assert_allclose(moments.mean, plain.mean, rtol=0, atol=2**-27)
+    x[1, 2] = 0
+    with pytest.raises(ValueError, match="row 12 is bad"):
+        moments.update(x, backend="triton")
+    assert moments.count == 50
+    moments.update(x, backend="triton", on_bad_rows="skip")
+    assert (moments.count, moments.num_skipped) == (99, 1)
+    with pytest.raises(ValueError, match="rows of dimension 33, got shape"):
+        moments.update(x[..., :5], backend="triton")
+    with pytest.raises(ValueError, match="got 'torch'"):
+        moments.update(x, backend="torch")
