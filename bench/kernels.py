@@ -79,6 +79,36 @@ def large(count: int, rounds: int) -> list[dict]:
     return lines
 
 
+def many_domains(count: int, rounds: int) -> list[dict]:
+    lines = []
+    rng = np.random.default_rng(0)
+    row_maps = [_C.RowMap(1.1, *(f * rng.normal(size=768) / 28 for f in (0.5, 0.1))) for _ in range(64)]
+    domain = rng.integers(0, 64, count)
+    threads = torch.get_num_threads()
+    for dtype in ("float32", "float16"):
+        rows = rows_of(count, 768, dtype)
+        out = empty(rows.shape, rows.dtype)
+        out.fill(0)
+        cases = {
+            "one": lambda r=rows, o=out: _C.row_transform(r, False, o, False, row_maps[0], threads),
+            "many": lambda r=rows, o=out: _C.row_transform_by_domain(r, False, o, False, row_maps, domain, threads),
+        }
+        found = {name: summarise(times) for name, times in interleave(cases, rounds).items()}
+        mine = found["many"]
+        lines.append(
+            row(
+                f"row transform {dtype} by 64 domains at random, {count:,} x 768",
+                2 * rows.nbytes / mine["median_s"] / 1e9,
+                "one domain",
+                found["one"]["median_s"] / mine["median_s"],
+                "0.9x",
+                mine["spread"],
+                "GB/s",
+            )
+        )
+    return lines
+
+
 def small(rounds: int) -> list[dict]:
     rng = np.random.default_rng(0)
     normalize = torch.nn.functional.normalize
@@ -121,4 +151,6 @@ def small(rounds: int) -> list[dict]:
 if __name__ == "__main__":
     options = arguments(__doc__).parse_args()
     count, rounds = (20_000, 3) if options.quick else (1_000_000, 9)
-    report(large(count, rounds) + small(rounds), options.json, num_rows=count, rounds=rounds)
+    report(
+        large(count, rounds) + many_domains(count, rounds) + small(rounds), options.json, num_rows=count, rounds=rounds
+    )

@@ -121,8 +121,8 @@ std::pair<const char*, const char*> extent_of(const Rows& rows) {
   return {std::min(range.data, last), std::max(range.data, last) + range.dim * kItemsize[rows.dtype]};
 }
 
-py::tuple py_row_transform(const py::array& array, bool bfloat16, const py::array& out_array, bool out_bfloat16,
-                           const RowMap& map, int num_threads) {
+py::tuple transform_into(const py::array& array, bool bfloat16, const py::array& out_array, bool out_bfloat16,
+                         const std::vector<const RowMap*>& maps, const int64_t* domain, int num_threads) {
   const Rows rows = rows_of(array, bfloat16, "rows");
   const Rows out = rows_of(out_array, out_bfloat16, "out");
   if (!out_array.writeable()) throw py::value_error("out must be writeable");
@@ -136,14 +136,31 @@ py::tuple py_row_transform(const py::array& array, bool bfloat16, const py::arra
   const auto [out_begin, out_end] = extent_of(out);
   if (!in_place && rows_begin < out_end && out_begin < rows_end)
     throw py::value_error("out must be rows themselves or not overlap them");
-  check_dim(map, array);
+  for (const RowMap* map : maps) check_dim(*map, array);
   BadRows bad;
   {
     const int threads = threads_of(num_threads);
     py::gil_scoped_release release;
-    bad = row_transform(rows, map, const_cast<char*>(out.range.data), out.range.stride, out.dtype, threads);
+    bad = row_transform(rows, maps, domain, const_cast<char*>(out.range.data), out.range.stride, out.dtype, threads);
   }
   return tuple_of(bad);
+}
+
+py::tuple py_row_transform(const py::array& array, bool bfloat16, const py::array& out, bool out_bfloat16,
+                           const RowMap& map, int num_threads) {
+  return transform_into(array, bfloat16, out, out_bfloat16, {&map}, nullptr, num_threads);
+}
+
+py::tuple py_row_transform_by_domain(const py::array& array, bool bfloat16, const py::array& out, bool out_bfloat16,
+                                     const std::vector<const RowMap*>& maps, const py::array& domain_array,
+                                     int num_threads) {
+  const Rows rows = rows_of(array, bfloat16, "rows");
+  const int64_t* domain = vector_of<int64_t>(domain_array, rows.range.num_rows, "domain", false);
+  for (int64_t i = 0; i < rows.range.num_rows; ++i)
+    if (domain[i] < 0 || domain[i] >= int64_t(maps.size()))
+      throw py::value_error("domain must lie in [0, " + std::to_string(maps.size()) + "), got " +
+                            std::to_string(domain[i]) + " for row " + std::to_string(i));
+  return transform_into(array, bfloat16, out, out_bfloat16, maps, domain, num_threads);
 }
 
 py::tuple py_find_bad_rows(const py::array& array, bool bfloat16, int num_threads) {
@@ -238,6 +255,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("row_map"), py::arg("sums").noconvert(), py::arg("num_threads"));
   m.def("row_transform", &py_row_transform, py::arg("rows").noconvert(), py::arg("bfloat16"),
         py::arg("out").noconvert(), py::arg("out_bfloat16"), py::arg("row_map"), py::arg("num_threads"));
+  m.def("row_transform_by_domain", &py_row_transform_by_domain, py::arg("rows").noconvert(), py::arg("bfloat16"),
+        py::arg("out").noconvert(), py::arg("out_bfloat16"), py::arg("row_maps"), py::arg("domain").noconvert(),
+        py::arg("num_threads"));
   m.def("find_bad_rows", &py_find_bad_rows, py::arg("rows").noconvert(), py::arg("bfloat16"), py::arg("num_threads"));
   m.def("stream_read", &py_stream_read, py::arg("buffer"), py::arg("num_threads"));
   m.def("stream_copy", &py_stream_copy, py::arg("source"), py::arg("target"), py::arg("nontemporal"),

@@ -27,15 +27,17 @@ Map RowMap::view() const {
           shift_shift_, correction_correction_, shift_correction_};
 }
 
-BadRows row_transform(const Rows& rows, const RowMap& map, char* out, int64_t out_stride, Dtype out_dtype,
-                      int num_threads) {
+BadRows row_transform(const Rows& rows, const std::vector<const RowMap*>& maps, const int64_t* domain, char* out,
+                      int64_t out_stride, Dtype out_dtype, int num_threads) {
   const RowTransformKernel kernel = current_table().row_transform[rows.dtype][out_dtype];
-  const Map view = map.view();
+  std::vector<Map> views;
+  for (const RowMap* map : maps) views.push_back(map->view());
+  const MapTable table{views.data(), domain};
   const int64_t out_bytes = rows.range.num_rows * rows.range.dim * kItemsize[out_dtype];
   const bool nontemporal = out != rows.range.data && out_bytes > kStreamBytes;
   const int num_parts = useful_threads(num_threads, rows.range.num_rows, rows.bytes());
   return for_each_range(rows, num_parts, [&](int, const RowRange& range, int64_t first, double* scratch, BadRows* bad) {
-    kernel(range, view, out + first * out_stride, out_stride, nontemporal, scratch, bad);
+    kernel(range, table.from(first), out + first * out_stride, out_stride, nontemporal, scratch, bad);
   });
 }
 

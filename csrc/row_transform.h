@@ -20,9 +20,10 @@ class RowMap {
   double shift_shift_ = 0, correction_correction_ = 0, shift_correction_ = 0;
 };
 
-// `out` may be the rows themselves, or must not overlap them. Bad rows become zeros.
-BadRows row_transform(const Rows& rows, const RowMap& map, char* out, int64_t out_stride, Dtype out_dtype,
-                      int num_threads);
+// `out` may be the rows themselves, or must not overlap them. Bad rows become zeros. `domain` holds the number of each
+// row's map, or is null where there is one map.
+BadRows row_transform(const Rows& rows, const std::vector<const RowMap*>& maps, const int64_t* domain, char* out,
+                      int64_t out_stride, Dtype out_dtype, int num_threads);
 
 BadRows find_bad_rows(const Rows& rows, int num_threads);
 

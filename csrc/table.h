@@ -31,6 +31,15 @@ struct Map {
   double shift_shift, correction_correction, shift_correction;
 };
 
+// Maps, and the number of each row's among them; a null `domain` gives all rows the first.
+struct MapTable {
+  const Map* maps;
+  const int64_t* domain;
+
+  const Map& of(int64_t row) const { return maps[domain ? domain[row] : 0]; }
+  MapTable from(int64_t row) const { return {maps, domain ? domain + row : nullptr}; }
+};
+
 struct BadRows {
   int64_t num_zero = 0;
   int64_t num_nonfinite = 0;
@@ -41,7 +50,7 @@ struct BadRows {
 using MomentsKernel = void (*)(const RowRange&, int64_t* sums, uint64_t* keys, const float* projection, double* scratch,
                                BadRows*);
 using TransformedMomentsKernel = void (*)(const RowRange&, const Map&, int64_t* sums, double* scratch, BadRows*);
-using RowTransformKernel = void (*)(const RowRange&, const Map&, char* out, int64_t out_stride, bool nontemporal,
+using RowTransformKernel = void (*)(const RowRange&, const MapTable&, char* out, int64_t out_stride, bool nontemporal,
                                     double* scratch, BadRows*);
 using FindBadRowsKernel = void (*)(const RowRange&, double* scratch, BadRows*);
 

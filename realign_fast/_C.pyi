@@ -75,6 +75,17 @@ def row_transform(
     `out` may be `rows` itself; it must not overlap it otherwise.
     """
 
+def row_transform_by_domain(
+    rows: Rows,
+    bfloat16: bool,
+    out: Rows,
+    out_bfloat16: bool,
+    row_maps: list[RowMap],
+    domain: NDArray[np.int64],
+    num_threads: int,
+) -> BadRows:
+    """As `row_transform`, row `i` by `row_maps[domain[i]]`. ValueError where there is no such map."""
+
 def find_bad_rows(rows: Rows, bfloat16: bool, num_threads: int) -> BadRows:
     """Read the rows and say which are bad."""
 

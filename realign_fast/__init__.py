@@ -13,11 +13,18 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .alignment import Alignment, fit, fit_from_moments
+    from .bank import AlignmentBank
     from .moments import Moments
 
-__all__ = ["Alignment", "Moments", "__version__", "fit", "fit_from_moments"]
+__all__ = ["Alignment", "AlignmentBank", "Moments", "__version__", "fit", "fit_from_moments"]
 
-_HOMES = {"Alignment": "alignment", "Moments": "moments", "fit": "alignment", "fit_from_moments": "alignment"}
+_HOMES = {
+    "Alignment": "alignment",
+    "AlignmentBank": "bank",
+    "Moments": "moments",
+    "fit": "alignment",
+    "fit_from_moments": "alignment",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,13 +13,21 @@ from .kernels import row_transform as kernels
 from .methods import Parameters
 
 
-def row_transform(x: torch.Tensor, out: torch.Tensor, parameters: Parameters) -> tuple[int, int, int]:
-    """Write `pi(pi(scale u + shift) + correction)` of `x` `(n, dim)` to `out`; a bad row becomes zeros.
+def row_transform(
+    x: torch.Tensor, out: torch.Tensor, parameters: tuple[Parameters, ...], domain: NDArray[np.int64] | None
+) -> tuple[int, int, int]:
+    """Map row `i` of `x` `(n, dim)` by `parameters[domain[i]]`, or all by the first, into `out`; bad rows become zeros.
 
     Returns `(num_zero, num_nonfinite, first_bad)`, for which it waits for the device.
     """
     bad_rows = kernels.new_bad_rows(x.device)
-    kernels.row_transform(_with_contiguous_rows(x), out, _maps_on(x.device, parameters), bad_rows)
+    maps = _maps_on(x.device, parameters[0])
+    numbers = None
+    if domain is not None:
+        tables = zip(*(_maps_on(x.device, each) for each in parameters), strict=True)
+        maps = kernels.Maps(*(torch.cat(table) for table in tables))
+        numbers = torch.from_numpy(domain).to(x.device)
+    kernels.row_transform(_with_contiguous_rows(x), out, maps, bad_rows, numbers)
     return _bad_rows(bad_rows)
 
 

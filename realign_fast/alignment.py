@@ -188,32 +188,25 @@ class Alignment:
         TypeError, ValueError
             If an argument has the wrong kind, dtype, shape or layout.
         """
-        check_on_bad_rows(on_bad_rows, skip=False)
-        parameters = self._parameters_of(side)
-        if backend not in ("auto", "cpu") or (is_tensor(x) and not x.is_cpu):
-            return _transform_tensor(x, out, dtype, parameters, self.dim, on_bad_rows, backend)
-        rows = as_rows(x, name="x", dim=self.dim)
-        if out is None:
-            out, target = _new_rows(x, rows, rows.dtype if dtype is None else dtype_name(dtype))
-            _raise_if_bad(_transform_rows(parameters, rows, target, num_threads), on_bad_rows)
-            return out
-        _check_out(x, out, dtype)
-        target = as_rows(out, name="out", dim=self.dim)
-        in_place = np.may_share_memory(rows.values, target.values)
-        if in_place and on_bad_rows == "raise":
-            bad = _C.find_bad_rows(rows.values, rows.bfloat16, count_threads(num_threads))
-            _raise_if_bad(bad, on_bad_rows)
-        _raise_if_bad(_transform_rows(parameters, rows, target, num_threads), on_bad_rows)
-        _copy_back(target, out)
-        return out
+        return transform_by(
+            (self.parameters_of(side),),
+            None,
+            x,
+            out,
+            dtype,
+            backend=backend,
+            num_threads=num_threads,
+            on_bad_rows=on_bad_rows,
+        )
 
     def transform_rows(
         self, rows: Rows, out: Rows, num_threads: int | None = None, side: Side = "source"
     ) -> tuple[int, int, int]:
         """Map rows of host memory into `out`; return `(num_zero, num_nonfinite, first_bad)`, bad rows being zeros."""
-        return _transform_rows(self._parameters_of(side), rows, out, num_threads)
+        return _transform_rows((self.parameters_of(side),), None, rows, out, num_threads)
 
-    def _parameters_of(self, side: str) -> Parameters:
+    def parameters_of(self, side: str) -> Parameters:
+        """Return the map of that side: of the source its own, of the target the projection to unit length."""
         if side == "source":
             return self.parameters
         if side == "target":
@@ -490,13 +483,13 @@ def apply_files(
     from .io.writer import rewrite
 
     check_on_bad_rows(on_bad_rows, skip=False)
-    parameters = alignment._parameters_of(side)
+    parameters = alignment.parameters_of(side)
     paths = file_paths(text)
 
     def transform(rows: Rows, out: Rows, threads: int) -> tuple[int, int, int]:
         if rows.values.shape[1] != alignment.dim:
             raise ValueError(f"rows have dimension {rows.values.shape[1]}, the alignment has {alignment.dim}")
-        bad = _transform_rows(parameters, rows, out, threads)
+        bad = _transform_rows((parameters,), None, rows, out, threads)
         _raise_if_bad(bad, on_bad_rows)
         return bad
 
@@ -611,7 +604,7 @@ class _Problem:
         rows = self._sample.first(_NEWTON_ROWS)
         out = np.empty(rows.values.shape, np.float32)
         uncorrected = replace(parameters, correction=np.zeros_like(parameters.correction))
-        _transform_rows(uncorrected, rows, Rows(out, "float32"), self._num_threads)
+        _transform_rows((uncorrected,), None, rows, Rows(out, "float32"), self._num_threads)
         out += parameters.correction.astype(np.float32)
         norms = np.sqrt(np.einsum("ij,ij->i", out, out))
         out /= norms[:, None]
@@ -786,15 +779,50 @@ def _raise_if_bad(bad: tuple[int, int, int], on_bad_rows: str) -> None:
         raise BadRowsError("x", first, num_zero, num_nonfinite)
 
 
-def _transform_rows(parameters: Parameters, rows: Rows, out: Rows, num_threads: int | None) -> tuple[int, int, int]:
-    return _C.row_transform(
-        rows.values,
-        rows.bfloat16,
-        out.values,
-        out.bfloat16,
-        parameters.row_map,
-        count_threads(num_threads),
-    )
+def transform_by(
+    parameters: tuple[Parameters, ...],
+    domain: NDArray[np.int64] | None,
+    x: Any,
+    out: Any,
+    dtype: Any,
+    *,
+    backend: str,
+    num_threads: int | None,
+    on_bad_rows: str,
+) -> Any:
+    """Map row `i` of `x` by `parameters[domain[i]]`, or all rows by the first; as `Alignment.transform` says."""
+    check_on_bad_rows(on_bad_rows, skip=False)
+    dim = parameters[0].shift.size
+    if backend not in ("auto", "cpu") or (is_tensor(x) and not x.is_cpu):
+        return _transform_tensor(parameters, domain, x, out, dtype, dim, on_bad_rows, backend)
+    rows = as_rows(x, name="x", dim=dim)
+    if out is None:
+        out, target = _new_rows(x, rows, rows.dtype if dtype is None else dtype_name(dtype))
+        _raise_if_bad(_transform_rows(parameters, domain, rows, target, num_threads), on_bad_rows)
+        return out
+    _check_out(x, out, dtype)
+    target = as_rows(out, name="out", dim=dim)
+    in_place = np.may_share_memory(rows.values, target.values)
+    if in_place and on_bad_rows == "raise":
+        bad = _C.find_bad_rows(rows.values, rows.bfloat16, count_threads(num_threads))
+        _raise_if_bad(bad, on_bad_rows)
+    _raise_if_bad(_transform_rows(parameters, domain, rows, target, num_threads), on_bad_rows)
+    _copy_back(target, out)
+    return out
+
+
+def _transform_rows(
+    parameters: tuple[Parameters, ...],
+    domain: NDArray[np.int64] | None,
+    rows: Rows,
+    out: Rows,
+    num_threads: int | None,
+) -> tuple[int, int, int]:
+    arrays = rows.values, rows.bfloat16, out.values, out.bfloat16
+    threads = count_threads(num_threads)
+    if domain is None:
+        return _C.row_transform(*arrays, parameters[0].row_map, threads)
+    return _C.row_transform_by_domain(*arrays, [each.row_map for each in parameters], domain, threads)
 
 
 def _new_rows(x: Any, rows: Rows, dtype: str) -> tuple[Any, Rows]:
@@ -838,7 +866,14 @@ def _copy_back(target: Rows, out: Any) -> None:
 
 
 def _transform_tensor(
-    x: Any, out: Any, dtype: Any, parameters: Parameters, dim: int, on_bad_rows: str, backend: str
+    parameters: tuple[Parameters, ...],
+    domain: NDArray[np.int64] | None,
+    x: Any,
+    out: Any,
+    dtype: Any,
+    dim: int,
+    on_bad_rows: str,
+    backend: str,
 ) -> Any:
     """Map a tensor where it lies, through Triton or plain torch."""
     if not is_tensor(x):
@@ -858,5 +893,6 @@ def _transform_tensor(
 
     # A result of its own, so that an error leaves `out` as it was.
     result = x.new_empty(x.shape, dtype=getattr(sys.modules["torch"], result_name))
-    _raise_if_bad(row_transform(x.detach().reshape(-1, dim), result.view(-1, dim), parameters), on_bad_rows)
+    bad = row_transform(x.detach().reshape(-1, dim), result.view(-1, dim), parameters, domain)
+    _raise_if_bad(bad, on_bad_rows)
     return result if out is None else out.copy_(result)

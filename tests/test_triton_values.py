@@ -250,3 +250,11 @@ def test_the_public_moments_go_through_triton_where_asked():
         moments.update(x[..., :5], backend="triton")
     with pytest.raises(ValueError, match="got 'torch'"):
         moments.update(x, backend="torch")
+
+
+def test_the_public_bank_goes_through_triton_where_asked():
+    fits = {str(seed): rf.fit(make(90, 70, seed=seed), make(90, 70, seed=seed + 9) - 0.1) for seed in range(3)}
+    bank = rf.AlignmentBank(fits)
+    x, domain = make(24, 70, seed=30), np.random.default_rng(0).integers(0, 3, 24)
+    out = bank.transform(x, domain, backend="triton")
+    np.testing.assert_allclose(out, bank.transform(x, domain), rtol=0, atol=4e-7)

@@ -10,6 +10,7 @@ namespace {
 using realign::BadRows;
 using realign::kRowsPerBlock;
 using realign::Map;
+using realign::MapTable;
 using realign::RowRange;
 
 constexpr double kUnits = double(int64_t(1) << realign::kFixedPointBits);
@@ -322,29 +323,39 @@ struct Factors {
 };
 
 template <typename T>
-inline Factors factors_of(const RowRange& rows, int64_t first, int count, const Map& map, Ahead* ahead) {
+inline Factors factors_of(const RowRange& rows, int64_t first, int count, const MapTable& maps, Ahead* ahead) {
   double products[kRowsPerBlock][3] = {};
-  const float* const vectors[2] = {map.shift, map.correction};
-  int done = 0;
-  for (; done + 2 <= count; done += 2) {
-    const T* const x[] = {row_at<T>(rows, first + done), row_at<T>(rows, first + done + 1)};
-    dots<2>(x, vectors, rows.dim, products + done, ahead);
+  double scale[kRowsPerBlock], shift_squares[kRowsPerBlock], correction_squares[kRowsPerBlock], mixed[kRowsPerBlock];
+  for (int k = 0; k < kRowsPerBlock; ++k) {
+    const Map& map = maps.of(first + (k < count ? k : 0));
+    scale[k] = map.scale;
+    shift_squares[k] = map.shift_shift;
+    correction_squares[k] = map.correction_correction;
+    mixed[k] = map.shift_correction;
   }
-  if (done < count) {
-    const T* const x[] = {row_at<T>(rows, first + done)};
-    dots<2>(x, vectors, rows.dim, products + done, ahead);
+  for (int k = 0; k < count;) {
+    const Map& map = maps.of(first + k);
+    const float* const vectors[2] = {map.shift, map.correction};
+    if (k + 1 < count && &maps.of(first + k + 1) == &map) {
+      const T* const x[] = {row_at<T>(rows, first + k), row_at<T>(rows, first + k + 1)};
+      dots<2>(x, vectors, rows.dim, products + k, ahead);
+      k += 2;
+    } else {
+      const T* const x[] = {row_at<T>(rows, first + k)};
+      dots<2>(x, vectors, rows.dim, products + k, ahead);
+      ++k;
+    }
   }
-  const double s = map.scale, shift_shift = map.shift_shift, shift_correction = map.shift_correction;
-  const double correction_correction = map.correction_correction;
   Factors factors;
   double square1[kRowsPerBlock], square2[kRowsPerBlock];
   for (int k = 0; k < kRowsPerBlock; ++k) {
+    const double s = scale[k];
     const double r = 1 / __builtin_sqrt(products[k][0]);
     const double u_shift = r * products[k][1], u_correction = r * products[k][2];
-    square1[k] = s * s + 2 * s * u_shift + shift_shift;
+    square1[k] = s * s + 2 * s * u_shift + shift_squares[k];
     const double inverse1 = 1 / __builtin_sqrt(square1[k]);
-    const double v_correction = (s * u_correction + shift_correction) * inverse1;
-    square2[k] = 1 + 2 * v_correction + correction_correction;
+    const double v_correction = (s * u_correction + mixed[k]) * inverse1;
+    square2[k] = 1 + 2 * v_correction + correction_squares[k];
     const double inverse2 = 1 / __builtin_sqrt(square2[k]);
     factors.row[k] = s * r * inverse1 * inverse2;
     factors.shift[k] = inverse1 * inverse2;
@@ -361,7 +372,7 @@ void transformed_moments(const RowRange& rows, const Map& map, int64_t* sums, do
   for (int64_t first = 0; first < rows.num_rows; first += kRowsPerBlock) {
     const int count = block_size(rows, first);
     Ahead ahead = ahead_of(rows, first);
-    const Factors factors = factors_of<T>(rows, first, count, map, &ahead);
+    const Factors factors = factors_of<T>(rows, first, count, MapTable{&map, nullptr}, &ahead);
     Block<T> block;
     for (int k = 0; k < count; ++k) {
       const int64_t i = first + k;
@@ -456,18 +467,19 @@ inline void stream_fused(const FusedRow<In, Out> (&rows)[1], const Map& map, int
 }
 
 template <typename In, typename Out>
-void row_transform(const RowRange& rows, const Map& map, char* out_data, int64_t out_stride, bool nontemporal,
+void row_transform(const RowRange& rows, const MapTable& maps, char* out_data, int64_t out_stride, bool nontemporal,
                    double* scratch, BadRows* bad) {
   for (int64_t first = 0; first < rows.num_rows; first += kRowsPerBlock) {
     const int count = block_size(rows, first);
     Ahead ahead = ahead_of(rows, first);
-    const Factors factors = factors_of<In>(rows, first, count, map, &ahead);
+    const Factors factors = factors_of<In>(rows, first, count, maps, &ahead);
     const auto out_at = [&](int k) { return reinterpret_cast<Out*>(out_data + (first + k) * out_stride); };
     const auto row_of = [&](int k) {
       return FusedRow<In, Out>{row_at<In>(rows, first + k), out_at(k), set1(float(factors.row[k])),
                                set1(float(factors.shift[k])), set1(float(factors.correction[k]))};
     };
     for (int k = 0; k < count; ++k) {
+      const Map& map = maps.of(first + k);
       if (!factors.fused[k]) {
         write_long<In>(rows, map, first + k, out_at(k), scratch, bad);
         continue;
@@ -475,7 +487,7 @@ void row_transform(const RowRange& rows, const Map& map, char* out_data, int64_t
       // A stream needs whole elements up to the next aligned address.
       if (nontemporal && reinterpret_cast<uintptr_t>(out_at(k)) % sizeof(Out) == 0) {
         stream_fused({row_of(k)}, map, rows.dim, &ahead);
-      } else if (k + 1 < count && factors.fused[k + 1]) {
+      } else if (k + 1 < count && factors.fused[k + 1] && &maps.of(first + k + 1) == &map) {
         write_fused<2, In, Out>({row_of(k), row_of(k + 1)}, map, 0, rows.dim);
         ++k;
       } else {
@@ -487,10 +499,10 @@ void row_transform(const RowRange& rows, const Map& map, char* out_data, int64_t
 }
 
 template <typename In, typename Out>
-void row_transform_long(const RowRange& rows, const Map& map, char* out_data, int64_t out_stride, bool, double* scratch,
-                        BadRows* bad) {
+void row_transform_long(const RowRange& rows, const MapTable& maps, char* out_data, int64_t out_stride, bool,
+                        double* scratch, BadRows* bad) {
   for (int64_t i = 0; i < rows.num_rows; ++i)
-    write_long<In>(rows, map, i, reinterpret_cast<Out*>(out_data + i * out_stride), scratch, bad);
+    write_long<In>(rows, maps.of(i), i, reinterpret_cast<Out*>(out_data + i * out_stride), scratch, bad);
 }
 
 // ---- Bad rows, and the machine's own speed --------------------------------------------------------------------------

@@ -262,6 +262,7 @@ struct Case {
     Block rows = make(layout);
     const RowMap vectors(map.scale, map.shift.data(), map.correction.data(), dim);
     const Map view = vectors.view();
+    const MapTable maps{&view, nullptr};
     const std::unique_ptr<double[]> scratch(new double[size_t(dim)]);
 
     BadRows bad;
@@ -285,13 +286,13 @@ struct Case {
         for (const Layout& out_layout : {kLayouts[0], layout, Layout{64 - layout.offset, 0}}) {
           Block result(count, dim, Dtype(to), out_layout);
           bad = BadRows();
-          table.row_transform[dtype][to](rows.range(), view, result.data(), result.stride(), nontemporal, scratch.get(),
+          table.row_transform[dtype][to](rows.range(), maps, result.data(), result.stride(), nontemporal, scratch.get(),
                                          &bad);
           check_bad(bad, expected.bad, at + " row_transform");
           check_out(&result, Dtype(to), at + (nontemporal ? " nontemporal" : "") + " row_transform", first);
         }
     bad = BadRows();
-    table.row_transform[dtype][dtype](rows.range(), view, rows.data(), rows.stride(), false, scratch.get(), &bad);
+    table.row_transform[dtype][dtype](rows.range(), maps, rows.data(), rows.stride(), false, scratch.get(), &bad);
     check_bad(bad, expected.bad, at + " row_transform in place");
     check_out(&rows, dtype, at + " row_transform in place", false);
   }
@@ -406,10 +407,11 @@ void test_threads() {
     sums[run].assign(kDim, 0);
     keys[run].assign(kCount, 1);
     Block result(kCount, kDim, kFloat32, {0, 0});
-    for (const BadRows& bad : {moments(seen, sums[run].data(), keys[run].data(), num_threads),
-                               transformed_moments(seen, vectors, sums[run].data(), num_threads),
-                               row_transform(seen, vectors, result.data(), result.stride(), kFloat32, num_threads),
-                               find_bad_rows(seen, num_threads)}) {
+    for (const BadRows& bad :
+         {moments(seen, sums[run].data(), keys[run].data(), num_threads),
+          transformed_moments(seen, vectors, sums[run].data(), num_threads),
+          row_transform(seen, {&vectors}, nullptr, result.data(), result.stride(), kFloat32, num_threads),
+          find_bad_rows(seen, num_threads)}) {
       CHECK(bad.first == 17000 && bad.num_nonfinite == 1 && bad.num_zero == 0, "%d threads", num_threads);
     }
     out[run].assign(result.data(), size_t(kCount * result.stride()));
