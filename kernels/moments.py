@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ._tuning import MAX_BLOCK_D, Plan, plan_rows
-from .row_transform import _LARGEST_FLOAT64, _LARGEST_SQUARE, _SMALLEST_SQUARE, _count_bad, _inverse_norm, _square64
+from .row_transform import _LARGEST_SQUARE, _SMALLEST_SQUARE, _inverse_norm, _square64
 
 # Sums count in units of 2**-27: eight rows fit in an int32.
 FIXED_POINT_BITS = 27
@@ -50,11 +50,9 @@ def _add_long(
     x_rows, wanted, sums_ptr, bad_ptr, rows, dim, BLOCK_N: tl.constexpr, CHUNK_D: tl.constexpr
 ):  # fmt: skip
     """Add the `wanted` rows in float64, whatever their magnitude; count the bad ones."""
-    square = _square64(x_rows, wanted, dim, BLOCK_N, CHUNK_D)
-    finite = square <= _LARGEST_FLOAT64
-    good = wanted & finite & (square > 0)
-    _count_bad(bad_ptr, rows, wanted & (square == 0), wanted & (finite == 0))
-    factor = _UNITS * _inverse_norm(tl.where(good, square, 0))
+    square = _square64(x_rows, wanted, bad_ptr, rows, dim, BLOCK_N, CHUNK_D)
+    good = square > 0
+    factor = _UNITS * _inverse_norm(square)
     for start in range(0, dim, CHUNK_D):
         cols = start + tl.arange(0, CHUNK_D)[None, :]
         x = tl.load(x_rows + cols, mask=good & (cols < dim), other=0).to(tl.float64)
@@ -69,11 +67,8 @@ def _factors_kernel(
     """First sweep over rows that do not fit in registers: by what each must be multiplied, 0 for bad ones."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None].to(tl.int64)
     row_mask = rows < num_rows
-    square = _square64(x_ptr + rows * stride_xn, row_mask, dim, BLOCK_N, CHUNK_D)
-    finite = square <= _LARGEST_FLOAT64
-    good = row_mask & finite & (square > 0)
-    _count_bad(bad_ptr, rows, row_mask & (square == 0), row_mask & (finite == 0))
-    tl.store(factor_ptr + rows, tl.where(good, _UNITS * _inverse_norm(tl.where(good, square, 0)), 0), mask=row_mask)
+    square = _square64(x_ptr + rows * stride_xn, row_mask, bad_ptr, rows, dim, BLOCK_N, CHUNK_D)
+    tl.store(factor_ptr + rows, tl.where(square > 0, _UNITS * _inverse_norm(square), 0), mask=row_mask)
 
 
 @triton.jit

@@ -55,22 +55,21 @@ def _inverse_norm(square):
 
 
 @triton.jit
-def _square64(x_rows, wanted, dim, BLOCK_N: tl.constexpr, CHUNK_D: tl.constexpr):
-    """Squared norms: no square of a float32 overflows or vanishes in float64, so 0 and infinity tell bad rows."""
+def _square64(x_rows, wanted, bad_ptr, rows, dim, BLOCK_N: tl.constexpr, CHUNK_D: tl.constexpr):
+    """Squared norms of the `wanted` rows, 0 for bad ones, which are counted."""
+    # No square of a float32 overflows or vanishes in float64: the sum alone tells zero and not finite rows.
     square = tl.zeros([BLOCK_N, 1], tl.float64)
     for start in range(0, dim, CHUNK_D):
         cols = start + tl.arange(0, CHUNK_D)[None, :]
         x = tl.load(x_rows + cols, mask=wanted & (cols < dim), other=0).to(tl.float64)
         square += tl.sum(x * x, axis=1, keep_dims=True)
-    return square
-
-
-@triton.jit
-def _count_bad(bad_ptr, rows, zero, nonfinite):
-    """Add to (num_zero, num_nonfinite, first_bad): atomics on integers give the same result in any order."""
+    finite = square <= _LARGEST_FLOAT64
+    zero, nonfinite = wanted & (square == 0), wanted & (finite == 0)
+    # (num_zero, num_nonfinite, first_bad): atomics on integers give the same result in any order.
     tl.atomic_add(bad_ptr + tl.zeros_like(rows), zero.to(tl.int64), mask=zero)
     tl.atomic_add(bad_ptr + 1 + tl.zeros_like(rows), nonfinite.to(tl.int64), mask=nonfinite)
     tl.atomic_min(bad_ptr + 2 + tl.zeros_like(rows), rows, mask=zero | nonfinite)
+    return tl.where(finite, square, 0)
 
 
 @triton.jit
@@ -79,11 +78,9 @@ def _transform_long(
     BLOCK_N: tl.constexpr, CHUNK_D: tl.constexpr,
 ):  # fmt: skip
     """Map the `wanted` rows in float64, a chunk at a time, whatever their magnitude; count the bad ones."""
-    square = _square64(x_rows, wanted, dim, BLOCK_N, CHUNK_D)
-    finite = square <= _LARGEST_FLOAT64
-    good = finite & (square > 0)
-    _count_bad(bad_ptr, rows, wanted & (square == 0), wanted & (finite == 0))
-    scale = tl.load(scale_ptr + maps) * _inverse_norm(tl.where(good, square, 0))
+    square = _square64(x_rows, wanted, bad_ptr, rows, dim, BLOCK_N, CHUNK_D)
+    good = square > 0
+    scale = tl.load(scale_ptr + maps) * _inverse_norm(square)
     square = tl.zeros([BLOCK_N, 1], tl.float64)
     for start in range(0, dim, CHUNK_D):
         cols = start + tl.arange(0, CHUNK_D)[None, :]
