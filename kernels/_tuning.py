@@ -16,6 +16,7 @@ _CHUNK_D = 128
 _TILE_ELEMENTS = 4096
 # Programs on one multiprocessor that work at once; each goes on to the next tile until none is left.
 _PROGRAMS_PER_PROCESSOR = 8
+_REGISTERS = 1 << 16  # of a multiprocessor
 
 
 class Plan(NamedTuple):
@@ -59,6 +60,15 @@ def plan_rows(
         num_warps,
         min(num_tiles, _PROGRAMS_PER_PROCESSOR * count_processors(device)),
     )
+
+
+def compile_options(num_warps: int, *, hip: bool = torch.version.hip is not None) -> dict[str, int | bool]:
+    """Return the options of a launch on this torch's GPUs: a matter of the compiler, not of the values."""
+    options: dict[str, int | bool] = {"num_warps": num_warps, "enable_fp_fusion": True}
+    if not hip:
+        # As many registers as there are: left alone, the assembler aims at occupancy and spills what rare rows need.
+        options["maxnreg"] = min(255, _REGISTERS // (32 * num_warps))
+    return options
 
 
 def count_processors(device: torch.device) -> int:

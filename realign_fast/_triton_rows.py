@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .kernels import _rows
 from .kernels import moments as moments_kernels
 from .kernels import row_transform as kernels
 from .methods import Parameters
@@ -20,7 +21,7 @@ def row_transform(
 
     Returns `(num_zero, num_nonfinite, first_bad)`, for which it waits for the device.
     """
-    bad_rows = kernels.new_bad_rows(x.device)
+    bad_rows = _rows.new_bad_rows(x.device)
     maps = _maps_on(x.device, parameters[0])
     numbers = None
     if domain is not None:
@@ -28,25 +29,20 @@ def row_transform(
         maps = kernels.Maps(*(torch.cat(table) for table in tables))
         numbers = torch.from_numpy(domain).to(x.device)
     kernels.row_transform(_with_contiguous_rows(x), out, maps, bad_rows, numbers)
-    return _bad_rows(bad_rows)
+    return _rows.read_bad_rows(bad_rows)
 
 
 def moments(x: torch.Tensor) -> tuple[NDArray[np.int64], tuple[int, int, int]]:
     """Return the fixed-point sums `(dim,)` of the good rows of `x` `(n, dim)`, and `row_transform`'s counts."""
     sums = torch.zeros(x.shape[1], dtype=torch.int64, device=x.device)
-    bad_rows = kernels.new_bad_rows(x.device)
+    bad_rows = _rows.new_bad_rows(x.device)
     moments_kernels.moments(_with_contiguous_rows(x), sums, bad_rows)
     values: NDArray[Any] = sums.cpu().numpy()
-    return values, _bad_rows(bad_rows)
+    return values, _rows.read_bad_rows(bad_rows)
 
 
 def _with_contiguous_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _bad_rows(counts: torch.Tensor) -> tuple[int, int, int]:
-    num_zero, num_nonfinite, first = counts.tolist()
-    return num_zero, num_nonfinite, first if num_zero + num_nonfinite else -1
 
 
 def _maps_on(device: torch.device, parameters: Parameters) -> kernels.Maps:

@@ -34,6 +34,22 @@ def row_transform(rows: Matrix, scale: float, shift: Matrix, correction: Matrix)
     return np.where(bad, 0.0, mapped)
 
 
+def row_transform_backward(rows: Matrix, grad_out: Matrix, scale: float, shift: Matrix, correction: Matrix) -> Matrix:
+    """Return the gradient with respect to `rows` of `sum(grad_out * row_transform(rows, ...))`; zeros for bad rows."""
+
+    def through_projection(grad: Matrix, z: Matrix) -> Matrix:
+        unit, norms = project(z), np.sqrt((z**2).sum(axis=-1, keepdims=True))
+        through: Matrix = (grad - unit * (grad * unit).sum(axis=-1, keepdims=True)) / np.where(norms == 0, 1, norms)
+        return np.where(norms == 0, 0.0, through)
+
+    bad = bad_rows(rows)[:, None]
+    rows = np.where(bad, 1.0, rows)
+    moved = scale * project(rows) + shift
+    grad = through_projection(grad_out, project(moved) + correction)
+    grad = through_projection(grad, moved)
+    return np.where(bad, 0.0, through_projection(scale * grad, rows))
+
+
 def moments(rows: Matrix) -> tuple[int, Matrix, float]:
     """Return count, mean `(dim,)` and covariance trace (ddof 0) of the unit rows, bad ones left out."""
     unit = project(rows[~bad_rows(rows)])

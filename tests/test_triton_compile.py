@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     from realign_fast.kernels import moments, row_transform
-    from realign_fast.kernels._tuning import MAX_BLOCK_D, plan_rows
+    from realign_fast.kernels._tuning import MAX_BLOCK_D, compile_options, plan_rows
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -38,21 +38,20 @@ def compiled(kernel, types, constants, target, num_warps):
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    return triton.compile(source, target=target, options={"num_warps": num_warps, "enable_fp_fusion": True})
+    return triton.compile(source, target=target, options=compile_options(num_warps, hip=target.backend == "hip"))
+
+
+MAPS = {f"{name}_ptr": "*fp32" for name in ("scale", "shift", "correction")}
+MAPS |= {f"{name}64_ptr": "*fp64" for name in ("scale", "shift", "correction")}
+SIZES = dict.fromkeys(("num_rows", "dim", "stride_xn", "stride_on", "stride_gn", "stride_dn"), "i32")
 
 
 def row_transform_of(dtype, dim, target, *, has_domain=False):
     plan = plan_rows(4_000_000, dim, torch.device("cpu"))
     kernel = row_transform._row_transform_kernel if dim <= MAX_BLOCK_D else row_transform._row_transform_wide_kernel
-    names = [f"{name}{bits}" for bits in ("", "64") for name in ("scale", "shift", "correction")]
-    types = {
-        "x_ptr": f"*{dtype}",
-        "out_ptr": f"*{dtype}",
-        "domain_ptr": "*i64" if has_domain else f"*{dtype}",
-        **{f"{name}_ptr": "*fp64" if name.endswith("64") else "*fp32" for name in names},
-        "bad_ptr": "*i64",
-        **dict.fromkeys(("num_rows", "dim", "stride_xn", "stride_on"), "i32"),
-    }
+    domain = "*i64" if has_domain else f"*{dtype}"
+    rows = {"x_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "domain_ptr": domain, "bad_ptr": "*i64"}
+    types = {**rows, **MAPS, **SIZES}
     constants = {
         "HAS_DOMAIN": has_domain,
         "FUSED": True,
@@ -109,33 +108,67 @@ def test_row_transform_of_many_domains(tmp_path, target):
     assert min(vector_accesses(found)) > 0
 
 
-SIZES = dict.fromkeys(("num_rows", "dim", "stride_xn"), "i32")
+def backward_of(dtype, dim, target):
+    plan = row_transform.plan_backward(4_000_000, dim, torch.device("cpu"))
+    types = {**dict.fromkeys(("x_ptr", "grad_out_ptr", "grad_x_ptr"), f"*{dtype}"), **MAPS, **SIZES}
+    if dim > MAX_BLOCK_D:
+        constants = {"CHUNK_D": row_transform._WIDE_CHUNK_D}
+        wide = row_transform._row_transform_backward_wide_kernel
+        return compiled(wide, types, constants, target, row_transform._WIDE_WARPS)
+    constants = {"FUSED": True, "BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d, "CHUNK_D": plan.chunk_d}
+    return compiled(row_transform._row_transform_backward_kernel, types, constants, target, plan.num_warps)
 
 
-def moments_of(dtype, dim, target):
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [768, 1280])
+def test_backward(tmp_path, target, dtype, dim):
+    found = backward_of(dtype, dim, target)
+    assert_no_spills(found, tmp_path)
+    loads, stores = vector_accesses(found)
+    assert loads > 1
+    assert stores > 0
+
+
+@pytest.mark.parametrize("dim", [512, 1024, 1152, 4096, 8192, 16384])
+def test_backward_of_other_dimensions(tmp_path, dim):
+    found = backward_of("bf16", dim, TARGETS[1])
+    assert_no_spills(found, tmp_path)
+    assert min(vector_accesses(found)) > 0
+
+
+def moments_of(dtype, dim, target, *, mapped=False):
     plan = moments.plan_moments(4_000_000, dim, torch.device("cpu"))
-    types = {"x_ptr": f"*{dtype}", "sums_ptr": "*i64", "bad_ptr": "*i64", **SIZES}
+    types = {"x_ptr": f"*{dtype}", "sums_ptr": "*i64", "keys_ptr": "*i64", "bad_ptr": "*i64", "first_row": "i64"}
+    types |= {**MAPS, **SIZES}
     constants = {"BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d, "CHUNK_D": plan.chunk_d}
+    constants |= {"HAS_KEYS": not mapped, "MAPPED": mapped, "FUSED": True}
+    constants |= {"keys_ptr": None} if mapped else dict.fromkeys(MAPS)
     return compiled(moments._moments_kernel, types, constants, target, plan.num_warps)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [768, 1280])
-def test_moments(tmp_path, target, dtype, dim):
-    found = moments_of(dtype, dim, target)
+@pytest.mark.parametrize("mapped", [False, True])
+def test_moments(tmp_path, target, dtype, dim, mapped):
+    found = moments_of(dtype, dim, target, mapped=mapped)
     assert_no_spills(found, tmp_path)
     assert vector_accesses(found)[0] > 0
 
 
-@pytest.mark.parametrize("dim", [512, 1024, 1152, 4096, 8192])
-def test_moments_of_other_dimensions(tmp_path, dim):
-    assert_no_spills(moments_of("bf16", dim, TARGETS[1]), tmp_path)
+@pytest.mark.parametrize(
+    ("dim", "mapped"), [(dim, m) for m in (False, True) for dim in (512, 1024, 1152, 4096)] + [(8192, False)]
+)
+def test_moments_of_other_dimensions(tmp_path, dim, mapped):
+    assert_no_spills(moments_of("bf16", dim, TARGETS[1], mapped=mapped), tmp_path)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
 def test_moments_of_rows_too_long_for_registers(tmp_path, target):
-    types = {"x_ptr": "*bf16", "factor_ptr": "*fp64", "sums_ptr": "*i64", "bad_ptr": "*i64", **SIZES}
+    types = {"x_ptr": "*bf16", "factor_ptr": "*fp64", "sums_ptr": "*i64", "keys_ptr": "*i64", "bad_ptr": "*i64"}
+    types |= {"first_row": "i64", **SIZES}
     block = {"BLOCK_N": moments._MAX_BLOCK_N}
-    assert_no_spills(compiled(moments._factors_kernel, types, {**block, "CHUNK_D": 128}, target, 4), tmp_path)
+    first = {**block, "CHUNK_D": 128, "HAS_KEYS": True}
+    assert_no_spills(compiled(moments._factors_kernel, types, first, target, 4), tmp_path)
     assert_no_spills(compiled(moments._columns_kernel, types, {**block, "BLOCK_D": 128}, target, 4), tmp_path)
