@@ -1,7 +1,8 @@
 """Close the modality gap of contrastive encoders, without training, at the speed of memory.
 
 `fit` reads text and image embeddings and returns an `Alignment`; its `transform` maps text embeddings to where image
-embeddings lie. `Moments` are the statistics, for those who gather them elsewhere.
+embeddings lie, and `nn.ReAlign` is the same as a layer of torch. `Moments` are the statistics, for those who gather
+them elsewhere.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from . import nn as nn
     from .alignment import Alignment, fit, fit_from_moments
     from .bank import AlignmentBank
     from .moments import Moments
@@ -28,6 +30,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "nn":  # not among the public names: `from realign_fast import *` does without torch
+        return import_module(".nn", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -87,7 +87,7 @@ def as_rows(x: object, *, name: str = "x", dim: int | None = None) -> Rows:
 def refuse_gradients(x: Any, name: str) -> None:
     """Raise ValueError if the tensor `x` records gradients: they would end here, silently."""
     if x.requires_grad and sys.modules["torch"].is_grad_enabled():
-        raise ValueError(f"{name} records gradients, which end here: pass {name}.detach() or use torch.no_grad()")
+        raise ValueError(f"{name} records gradients, which end here: use realign_fast.nn.ReAlign, or {name}.detach()")
 
 
 def _tensor_values(x: Any, name: str) -> tuple[NDArray[Any], str]:

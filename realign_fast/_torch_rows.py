@@ -1,51 +1,121 @@
-"""The row transform in plain torch: correct on any device torch knows, fast on none."""
+"""The row transform and its gradient in plain torch: correct on any device torch knows, fast on none."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .methods import Parameters
-
 _CHUNK_ELEMENTS = 1 << 24  # bounds the temporaries
 
 
-def row_transform(
-    x: torch.Tensor, out: torch.Tensor, parameters: tuple[Parameters, ...], domain: NDArray[np.int64] | None
-) -> tuple[int, int, int]:
-    """Map row `i` of `x` `(n, dim)` by `parameters[domain[i]]`, or all by the first, into `out`; bad rows become zeros.
+class MapTensors(NamedTuple):
+    """Maps on one device: `scale` (m,), `shift` and `correction` (m, dim), in float32 and in float64.
 
-    Returns `(num_zero, num_nonfinite, first_bad)`. Computes in float64 where `x` or `out` is float64, else float32.
+    Where a device has no float64, these stay on the CPU.
     """
-    compute = torch.float64 if torch.float64 in (x.dtype, out.dtype) else torch.float32
-    options: dict[str, Any] = {"dtype": compute, "device": x.device}
-    fields = ("scale", "shift", "correction")
-    tables = [torch.tensor(np.array([getattr(each, field) for each in parameters]), **options) for field in fields]
-    scale, shift, correction = tables[0][:, None], tables[1], tables[2]
-    numbers = None if domain is None else torch.from_numpy(domain).to(x.device)
-    chunk = max(1, _CHUNK_ELEMENTS // x.shape[1])
-    num_zero, num_nonfinite, first_bad = 0, 0, -1
-    for start in range(0, len(x), chunk):
-        rows = x[start : start + chunk].to(compute)
-        largest = rows.abs().amax(dim=1, keepdim=True)
-        zero, nonfinite = largest[:, 0] == 0, ~largest[:, 0].isfinite()
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+    correction: torch.Tensor
+    scale64: torch.Tensor
+    shift64: torch.Tensor
+    correction64: torch.Tensor
+
+
+def tensors_of(table: Iterable[NDArray[np.float64]], device: torch.device) -> MapTensors:
+    """Return scale (m,), shift and correction (m, dim) on a device."""
+    exact = [torch.from_numpy(np.ascontiguousarray(x)) for x in table]
+    return MapTensors(*(x.float().to(device) for x in exact), *(to_device(x, device) for x in exact))
+
+
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return `x` there, or on the CPU where `device` has no such numbers."""
+    try:
+        return x.to(device)
+    except TypeError:
+        return x.cpu()
+
+
+def row_transform(x: torch.Tensor, out: torch.Tensor, maps: MapTensors, domain: torch.Tensor | None) -> torch.Tensor:
+    """Map row `i` of `x` `(n, dim)` by map `domain[i]`, or all by the first, into `out`; bad rows become zeros.
+
+    Returns `(num_zero, num_nonfinite, first_bad)` as a tensor of int64 on the device, `first_bad` being -1 where there
+    is none. Computes in float64 where `x` or `out` is float64, else in float32.
+    """
+    scale, shift, correction = _in_dtype(maps, x.dtype, out.dtype)
+    counts = torch.zeros(3, dtype=torch.int64, device=x.device)
+    first = torch.full_like(counts[2], len(x))
+    for rows in _chunks(x):
+        chunk, _, zero, nonfinite = _finite(x[rows].to(scale.dtype))
+        of = slice(0, 1) if domain is None else domain[rows]
+        mapped = _project(_project(_project(chunk) * scale[of, None] + shift[of]) + correction[of])
         bad = zero | nonfinite
-        # Divided by the largest magnitude, no square overflows; bad rows are kept out of the arithmetic.
-        rows = torch.where(bad[:, None], 0, rows / torch.where(bad[:, None], 1, largest))
-        # One map for all rows, or that of each row.
-        of = slice(0, 1) if numbers is None else numbers[start : start + chunk]
-        mapped = _project(_project(_project(rows) * scale[of] + shift[of]) + correction[of])
-        out[start : start + chunk] = mapped.masked_fill_(bad[:, None], 0)
-        num_zero += int(zero.sum())
-        num_nonfinite += int(nonfinite.sum())
-        if first_bad < 0 and bool(bad.any()):
-            first_bad = start + int(bad.to(torch.uint8).argmax())
-    return num_zero, num_nonfinite, first_bad
+        out[rows] = mapped.masked_fill_(bad[:, None], 0)
+        counts[0] += zero.sum()
+        counts[1] += nonfinite.sum()
+        numbers = torch.arange(rows.start, rows.start + len(bad), device=x.device)
+        first = torch.minimum(first, torch.where(bad, numbers, len(x)).amin())
+    counts[2] = torch.where(first < len(x), first, -1)
+    return counts
+
+
+def row_transform_backward(x: torch.Tensor, grad_out: torch.Tensor, grad_x: torch.Tensor, maps: MapTensors) -> None:
+    """Write the gradient with respect to `x`, given that with respect to what the first map makes of it.
+
+    Through each projection `z / ||z||` goes `(g - p (p . g)) / ||z||` with `p = pi(z)`. Bad rows have gradient 0.
+    """
+    scale, shift, correction = (each[:1] for each in _in_dtype(maps, x.dtype, grad_out.dtype))
+    for rows in _chunks(x):
+        chunk, largest, zero, nonfinite = _finite(x[rows].to(scale.dtype))
+        moved = _project(chunk) * scale + shift
+        grad = _back_through(grad_out[rows].to(scale.dtype), _project(moved) + correction)
+        grad = _back_through(_back_through(grad, moved) * scale, chunk) / largest
+        grad_x[rows] = grad.masked_fill_((zero | nonfinite)[:, None], 0)
+
+
+def read_bad_rows(counts: torch.Tensor) -> tuple[int, int, int]:
+    """Return what `row_transform` counted; waits for the device."""
+    num_zero, num_nonfinite, first = counts.tolist()
+    return num_zero, num_nonfinite, first
+
+
+def _in_dtype(maps: MapTensors, *dtypes: torch.dtype) -> tuple[torch.Tensor, ...]:
+    return tuple(maps[3:] if torch.float64 in dtypes else maps[:3])
+
+
+def _chunks(x: torch.Tensor) -> Iterator[slice]:
+    step = max(1, _CHUNK_ELEMENTS // x.shape[1])
+    return (slice(start, start + step) for start in range(0, len(x), step))
+
+
+def _finite(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the rows over their largest magnitudes, these, and which rows are zero and not finite; they are zeros.
+
+    So no square overflows.
+    """
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    zero, nonfinite = largest == 0, ~largest.isfinite()
+    largest = largest.masked_fill(zero | nonfinite, 1)
+    return torch.where(nonfinite, 0, rows / largest), largest, zero[:, 0], nonfinite[:, 0]
+
+
+def _norms(rows: torch.Tensor) -> torch.Tensor:
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    safe: torch.Tensor = norms.masked_fill(norms == 0, 1)  # pi(0) = 0
+    return safe
 
 
 def _project(rows: torch.Tensor) -> torch.Tensor:
-    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return rows / torch.where(norm == 0, 1, norm)
+    unit: torch.Tensor = rows / _norms(rows)
+    return unit
+
+
+def _back_through(grad: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    norms = _norms(rows)
+    unit = rows / norms
+    through: torch.Tensor = (grad - unit * (grad * unit).sum(dim=1, keepdim=True)) / norms
+    return through

@@ -1,54 +1,62 @@
-"""The kernels in Triton, on the GPU where the rows lie."""
+"""The kernels in Triton, on the GPU where the rows lie; nothing here waits for it but `read_bad_rows`."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from ._torch_rows import MapTensors
 from .kernels import _rows
 from .kernels import moments as moments_kernels
 from .kernels import row_transform as kernels
-from .methods import Parameters
+from .kernels._rows import read_bad_rows as read_bad_rows
 
 
-def row_transform(
-    x: torch.Tensor, out: torch.Tensor, parameters: tuple[Parameters, ...], domain: NDArray[np.int64] | None
-) -> tuple[int, int, int]:
-    """Map row `i` of `x` `(n, dim)` by `parameters[domain[i]]`, or all by the first, into `out`; bad rows become zeros.
+def row_transform(x: torch.Tensor, out: torch.Tensor, maps: MapTensors, domain: torch.Tensor | None) -> torch.Tensor:
+    """Map row `i` of `x` `(n, dim)` by map `domain[i]`, or all by the first, into `out`; bad rows become zeros.
 
-    Returns `(num_zero, num_nonfinite, first_bad)`, for which it waits for the device.
+    Returns counts of them for `read_bad_rows`, the first two being `num_zero` and `num_nonfinite`.
     """
-    bad_rows = _rows.new_bad_rows(x.device)
-    maps = _maps_on(x.device, parameters[0])
-    numbers = None
-    if domain is not None:
-        tables = zip(*(_maps_on(x.device, each) for each in parameters), strict=True)
-        maps = kernels.Maps(*(torch.cat(table) for table in tables))
-        numbers = torch.from_numpy(domain).to(x.device)
-    kernels.row_transform(_with_contiguous_rows(x), out, maps, bad_rows, numbers)
-    return _rows.read_bad_rows(bad_rows)
+    bad_rows: torch.Tensor = _rows.new_bad_rows(x.device)
+    kernels.row_transform(with_contiguous_rows(x), out, kernels.Maps(*maps), bad_rows, domain)
+    return bad_rows
 
 
-def moments(x: torch.Tensor) -> tuple[NDArray[np.int64], tuple[int, int, int]]:
-    """Return the fixed-point sums `(dim,)` of the good rows of `x` `(n, dim)`, and `row_transform`'s counts."""
-    sums = torch.zeros(x.shape[1], dtype=torch.int64, device=x.device)
-    bad_rows = _rows.new_bad_rows(x.device)
-    moments_kernels.moments(_with_contiguous_rows(x), sums, bad_rows)
-    values: NDArray[Any] = sums.cpu().numpy()
-    return values, _rows.read_bad_rows(bad_rows)
+def row_transform_backward(x: torch.Tensor, grad_out: torch.Tensor, grad_x: torch.Tensor, maps: MapTensors) -> None:
+    """Write the gradient with respect to `x`, given that with respect to what the first map makes of it."""
+    rows, grad = with_contiguous_rows(x), with_contiguous_rows(grad_out)
+    kernels.row_transform_backward(rows, grad, grad_x, kernels.Maps(*maps))
 
 
-def _with_contiguous_rows(x: torch.Tensor) -> torch.Tensor:
+class Accumulator:
+    """Fixed-point sums of unit rows, and counts of bad rows, that stay on a device until they are asked for.
+
+    Attributes
+    ----------
+    num_rows : int
+        Rows added, bad ones among them.
+    """
+
+    def __init__(self, dim: int, device: torch.device) -> None:
+        self.num_rows = 0
+        self._sums = torch.zeros(dim, dtype=torch.int64, device=device)
+        self._bad_rows = _rows.new_bad_rows(device)
+
+    def add(self, x: torch.Tensor, keys: torch.Tensor | None = None) -> None:
+        """Add the good rows of `x` `(n, dim)`; `keys` (n,) receives a hash of each row's content, 0 for bad rows."""
+        moments_kernels.moments(with_contiguous_rows(x), self._sums, self._bad_rows, self.num_rows, keys)
+        self.num_rows += len(x)
+
+    def add_transformed(self, x: torch.Tensor, maps: MapTensors) -> None:
+        """Add what the first map makes of the good rows of `x`."""
+        rows, table = with_contiguous_rows(x), kernels.Maps(*maps)
+        moments_kernels.transformed_moments(rows, table, self._sums, self._bad_rows, self.num_rows)
+        self.num_rows += len(x)
+
+    def read(self) -> tuple[torch.Tensor, tuple[int, int, int]]:
+        """Return the sums on the host and `(num_zero, num_nonfinite, first_bad)`; waits for the device."""
+        return self._sums.cpu(), read_bad_rows(self._bad_rows)
+
+
+def with_contiguous_rows(x: torch.Tensor) -> torch.Tensor:
+    """Return `x` `(n, dim)`, copied where the elements of a row do not lie side by side."""
     return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _maps_on(device: torch.device, parameters: Parameters) -> kernels.Maps:
-    maps = parameters.device_maps.get(device)
-    if maps is None:
-        table = ([parameters.scale], parameters.shift[None], parameters.correction[None])
-        maps = kernels.Maps.of(*(torch.tensor(x, dtype=torch.float64, device=device) for x in table))
-        parameters.device_maps[device] = maps
-    return maps

@@ -7,22 +7,21 @@ the map are ours.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import _C, _files
-from ._dtypes import Rows, empty, storage
+from ._dtypes import Rows
 from ._errors import BadRowsError
 from ._progress import progress as show_progress
-from ._rows import as_rows, dtype_name, host_values, is_tensor, refuse_gradients
 from ._sample import Sample
-from .backends import choose, count_threads
+from ._transform import raise_if_bad, transform_by, transform_rows
+from .backends import choose
 from .io.sources import Batch, Source, count_rows, file_paths, open_source
 from .methods import Method, Parameters, Solution, check_sets, get_method
 from .moments import Moments, OnBadRows, check_on_bad_rows
@@ -189,7 +188,7 @@ class Alignment:
             If an argument has the wrong kind, dtype, shape or layout.
         """
         return transform_by(
-            (self.parameters_of(side),),
+            self.parameters_of(side).alone,
             None,
             x,
             out,
@@ -203,15 +202,14 @@ class Alignment:
         self, rows: Rows, out: Rows, num_threads: int | None = None, side: Side = "source"
     ) -> tuple[int, int, int]:
         """Map rows of host memory into `out`; return `(num_zero, num_nonfinite, first_bad)`, bad rows being zeros."""
-        return _transform_rows((self.parameters_of(side),), None, rows, out, num_threads)
+        return transform_rows(self.parameters_of(side).alone, None, rows, out, num_threads)
 
     def parameters_of(self, side: str) -> Parameters:
         """Return the map of that side: of the source its own, of the target the projection to unit length."""
         if side == "source":
             return self.parameters
         if side == "target":
-            zeros = np.zeros(self.dim)
-            return Parameters(1.0, zeros, zeros)
+            return _projection(self.dim)
         raise ValueError(f"side must be 'source' or 'target', got {side!r}")
 
     def check(self, x: Any, *, side: Side = "source", num_threads: int | None = None) -> Drift:
@@ -483,14 +481,14 @@ def apply_files(
     from .io.writer import rewrite
 
     check_on_bad_rows(on_bad_rows, skip=False)
-    parameters = alignment.parameters_of(side)
+    maps = alignment.parameters_of(side).alone
     paths = file_paths(text)
 
     def transform(rows: Rows, out: Rows, threads: int) -> tuple[int, int, int]:
         if rows.values.shape[1] != alignment.dim:
             raise ValueError(f"rows have dimension {rows.values.shape[1]}, the alignment has {alignment.dim}")
-        bad = _transform_rows((parameters,), None, rows, out, threads)
-        _raise_if_bad(bad, on_bad_rows)
+        bad = transform_rows(maps, None, rows, out, threads)
+        raise_if_bad(bad, on_bad_rows)
         return bad
 
     job = {"alignment": alignment.fingerprint, "side": side, "on_bad_rows": on_bad_rows}
@@ -604,7 +602,7 @@ class _Problem:
         rows = self._sample.first(_NEWTON_ROWS)
         out = np.empty(rows.values.shape, np.float32)
         uncorrected = replace(parameters, correction=np.zeros_like(parameters.correction))
-        _transform_rows((uncorrected,), None, rows, Rows(out, "float32"), self._num_threads)
+        transform_rows(uncorrected.alone, None, rows, Rows(out, "float32"), self._num_threads)
         out += parameters.correction.astype(np.float32)
         norms = np.sqrt(np.einsum("ij,ij->i", out, out))
         out /= norms[:, None]
@@ -735,6 +733,11 @@ def _gaps(solution: Solution, problem: _Problem) -> dict[str, Any]:
     return {"rows": {"text": mapped.count, "image": target.count}, "gap": gap, "noise_floor": floor}
 
 
+@cache
+def _projection(dim: int) -> Parameters:
+    return Parameters(1.0, np.zeros(dim), np.zeros(dim))
+
+
 def _noise_floor(*samples: tuple[float, int]) -> float:
     return float(np.sqrt(sum(trace / count for trace, count in samples)))
 
@@ -771,128 +774,3 @@ def _statistics(fields: Mapping[str, Any], mean: NDArray[np.float64]) -> SetStat
     if not (count > 0 and 0 <= num_zero <= count and num_skipped >= 0 and 0 <= trace <= 1):
         raise ValueError(f"no statistics of a set: {dict(fields)}")
     return SetStatistics(count, num_zero, num_skipped, trace, _frozen(mean))
-
-
-def _raise_if_bad(bad: tuple[int, int, int], on_bad_rows: str) -> None:
-    num_zero, num_nonfinite, first = bad
-    if first >= 0 and on_bad_rows == "raise":
-        raise BadRowsError("x", first, num_zero, num_nonfinite)
-
-
-def transform_by(
-    parameters: tuple[Parameters, ...],
-    domain: NDArray[np.int64] | None,
-    x: Any,
-    out: Any,
-    dtype: Any,
-    *,
-    backend: str,
-    num_threads: int | None,
-    on_bad_rows: str,
-) -> Any:
-    """Map row `i` of `x` by `parameters[domain[i]]`, or all rows by the first; as `Alignment.transform` says."""
-    check_on_bad_rows(on_bad_rows, skip=False)
-    dim = parameters[0].shift.size
-    if backend not in ("auto", "cpu") or (is_tensor(x) and not x.is_cpu):
-        return _transform_tensor(parameters, domain, x, out, dtype, dim, on_bad_rows, backend)
-    rows = as_rows(x, name="x", dim=dim)
-    if out is None:
-        out, target = _new_rows(x, rows, rows.dtype if dtype is None else dtype_name(dtype))
-        _raise_if_bad(_transform_rows(parameters, domain, rows, target, num_threads), on_bad_rows)
-        return out
-    _check_out(x, out, dtype)
-    target = as_rows(out, name="out", dim=dim)
-    in_place = np.may_share_memory(rows.values, target.values)
-    if in_place and on_bad_rows == "raise":
-        bad = _C.find_bad_rows(rows.values, rows.bfloat16, count_threads(num_threads))
-        _raise_if_bad(bad, on_bad_rows)
-    _raise_if_bad(_transform_rows(parameters, domain, rows, target, num_threads), on_bad_rows)
-    _copy_back(target, out)
-    return out
-
-
-def _transform_rows(
-    parameters: tuple[Parameters, ...],
-    domain: NDArray[np.int64] | None,
-    rows: Rows,
-    out: Rows,
-    num_threads: int | None,
-) -> tuple[int, int, int]:
-    arrays = rows.values, rows.bfloat16, out.values, out.bfloat16
-    threads = count_threads(num_threads)
-    if domain is None:
-        return _C.row_transform(*arrays, parameters[0].row_map, threads)
-    return _C.row_transform_by_domain(*arrays, [each.row_map for each in parameters], domain, threads)
-
-
-def _new_rows(x: Any, rows: Rows, dtype: str) -> tuple[Any, Rows]:
-    """Return an uninitialised result of the kind and shape of `x`, which `rows` are, and the same memory as rows."""
-    if not isinstance(x, np.ndarray):
-        torch = sys.modules["torch"]
-        same = dtype == rows.dtype and x.is_contiguous()
-        out = torch.empty_like(x) if same else torch.empty(x.shape, dtype=getattr(torch, dtype))
-        return out, Rows(host_values(out, dtype).reshape(rows.values.shape), dtype)
-    values = empty(rows.values.shape, storage(dtype))
-    new = Rows(values, dtype)
-    if x.ndim != 2:
-        values = values.reshape(x.shape)
-    if dtype != "bfloat16":
-        return values, new
-    if x.dtype.name != "bfloat16":
-        raise TypeError("NumPy has no bfloat16: pass a torch tensor, or out= as an array of another dtype")
-    return values.view(x.dtype), new
-
-
-def _check_out(x: Any, out: Any, dtype: Any) -> None:
-    if is_tensor(out) != is_tensor(x):
-        raise TypeError(f"out must be of the kind of x, {type(x).__name__}, got {type(out).__name__}")
-    if tuple(out.shape) != tuple(x.shape):
-        raise ValueError(f"out must have the shape of x, {tuple(x.shape)}, got {tuple(out.shape)}")
-    if is_tensor(x) and out.device != x.device:
-        raise ValueError(f"out must be on the device of x, {x.device}, got {out.device}")
-    if dtype is not None and dtype_name(dtype) != dtype_name(out.dtype, name="out.dtype"):
-        raise ValueError(f"dtype is {dtype_name(dtype)}, but out has {dtype_name(out.dtype)}: give one of them")
-
-
-def _copy_back(target: Rows, out: Any) -> None:
-    """Bring the result to `out` where its layout did not let the kernel write there."""
-    if is_tensor(out):
-        torch = sys.modules["torch"]
-        if target.values.ctypes.data != out.data_ptr() and target.values.size:
-            values = torch.from_numpy(target.values.view(np.int16) if target.bfloat16 else target.values)
-            out.copy_((values.view(torch.bfloat16) if target.bfloat16 else values).reshape(out.shape))
-    elif not np.may_share_memory(target.values, out):
-        out[...] = target.values.view(out.dtype.newbyteorder("=")).reshape(out.shape)
-
-
-def _transform_tensor(
-    parameters: tuple[Parameters, ...],
-    domain: NDArray[np.int64] | None,
-    x: Any,
-    out: Any,
-    dtype: Any,
-    dim: int,
-    on_bad_rows: str,
-    backend: str,
-) -> Any:
-    """Map a tensor where it lies, through Triton or plain torch."""
-    if not is_tensor(x):
-        choose(backend, "cpu")
-        raise TypeError(f"backend {backend!r} takes torch tensors, got {type(x).__name__}")
-    if x.ndim == 0 or x.shape[-1] != dim:
-        raise ValueError(f"x must have rows of dimension {dim}, got shape {tuple(x.shape)}")
-    refuse_gradients(x, "x")
-    name = dtype_name(x.dtype, name="x.dtype")
-    if out is not None:
-        _check_out(x, out, dtype)
-    result_name = dtype_name(dtype) if dtype else name if out is None else dtype_name(out.dtype, name="out.dtype")
-    if choose(backend, str(x.device), (name, result_name)) == "triton":
-        from ._triton_rows import row_transform
-    else:
-        from ._torch_rows import row_transform
-
-    # A result of its own, so that an error leaves `out` as it was.
-    result = x.new_empty(x.shape, dtype=getattr(sys.modules["torch"], result_name))
-    bad = row_transform(x.detach().reshape(-1, dim), result.view(-1, dim), parameters, domain)
-    _raise_if_bad(bad, on_bad_rows)
-    return result if out is None else out.copy_(result)

@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._rows import is_tensor
-from .alignment import Alignment, Side, transform_by
+from ._transform import transform_by
+from .alignment import Alignment, Side
+from .methods import ParametersTable
 
 
 class AlignmentBank(Mapping[str, Alignment]):
@@ -36,6 +38,7 @@ class AlignmentBank(Mapping[str, Alignment]):
                 raise ValueError(
                     f"alignments must have one dimension: {first!r} has {self.dim}, {name!r} has {alignment.dim}"
                 )
+        self._tables: dict[Side, ParametersTable] = {}
         self._numbers = {name: number for number, name in enumerate(self._alignments)}
 
     def __getitem__(self, name: str) -> Alignment:
@@ -82,7 +85,7 @@ class AlignmentBank(Mapping[str, Alignment]):
                 x, out, dtype, backend=backend, num_threads=num_threads, side=side, on_bad_rows=on_bad_rows
             )
         return transform_by(
-            tuple(alignment.parameters_of(side) for alignment in self.values()),
+            self._table(side),
             self._numbers_of(domain, tuple(x.shape[:-1])),
             x,
             out,
@@ -91,6 +94,11 @@ class AlignmentBank(Mapping[str, Alignment]):
             num_threads=num_threads,
             on_bad_rows=on_bad_rows,
         )
+
+    def _table(self, side: Side) -> ParametersTable:
+        if side not in self._tables:
+            self._tables[side] = ParametersTable(alignment.parameters_of(side) for alignment in self.values())
+        return self._tables[side]
 
     def _number(self, domain: str | int | np.integer[Any]) -> int:
         number = self._numbers.get(domain, -1) if isinstance(domain, str) else int(domain)

@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import _C
 from .moments import Moments
+
+if TYPE_CHECKING:
+    from ._torch_rows import MapTensors
 
 _EPS = 1e-10
 # Below this the identity `trace = 1 - ||mean||**2` has lost its digits: the set is constant.
@@ -37,12 +40,37 @@ class Parameters:
         return _C.RowMap(self.scale, self.shift, self.correction)
 
     @cached_property
-    def device_maps(self) -> dict[Any, Any]:
-        """By device, as the Triton kernels take it: filled where they run."""
-        return {}
+    def alone(self) -> ParametersTable:
+        """As a table of one."""
+        return ParametersTable((self,))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Parameters, (self.scale, self.shift, self.correction)
+
+
+class ParametersTable(tuple[Parameters, ...]):
+    """Parameters of one dimension with a number each: rows of many domains are mapped in one pass."""
+
+    @cached_property
+    def row_maps(self) -> list[_C.RowMap]:
+        """As the C++ kernels take them."""
+        return [each.row_map for each in self]
+
+    @cached_property
+    def _on_devices(self) -> dict[Any, MapTensors]:
+        return {}
+
+    def on(self, device: Any) -> MapTensors:
+        """Return them as tensors on a torch device, made once."""
+        if device not in self._on_devices:
+            from ._torch_rows import tensors_of
+
+            table = (
+                np.array([each.scale for each in self]),
+                *(np.stack([getattr(each, name) for each in self]) for name in ("shift", "correction")),
+            )
+            self._on_devices[device] = tensors_of(table, device)
+        return self._on_devices[device]
 
 
 class Problem(Protocol):

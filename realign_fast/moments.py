@@ -108,12 +108,14 @@ class Moments:
         if batch.ndim == 0 or batch.shape[-1] != self.dim:
             raise ValueError(f"batch must have rows of dimension {self.dim}, got shape {tuple(batch.shape)}")
         refuse_gradients(batch, "batch")
-        from ._triton_rows import moments
+        from ._triton_rows import Accumulator
 
         rows = batch.detach().reshape(-1, self.dim)
         self._check_room(len(rows))
-        sums, bad = moments(rows)
-        self._add(sums, len(rows), bad, on_bad_rows)
+        accumulator = Accumulator(self.dim, batch.device)
+        accumulator.add(rows)
+        sums, bad = accumulator.read()
+        self._add(sums.numpy(), len(rows), bad, on_bad_rows)
 
     def update_rows(
         self,

@@ -1,0 +1,94 @@
+"""The row transform as operators of torch: one node with a gradient for autograd, compilers and exporters.
+
+`realign_fast::row_transform` returns the mapped rows and, `(2,)` int64 on the device, how many rows were zero and how
+many not finite; these become zeros, and their gradients too.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from . import _C
+from ._dtypes import Rows
+from ._rows import as_rows, dtype_name, host_values
+from ._torch_rows import MapTensors
+from .backends import choose, count_threads
+
+Tensor = torch.Tensor
+
+
+def _run(
+    x: Tensor, scale: Tensor, shift: Tensor, correction: Tensor, scale64: Tensor, shift64: Tensor,
+    correction64: Tensor, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dim = shift.shape[-1]
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if x.is_cpu:
+        rows, target = (
+            as_rows(x, dim=dim),
+            Rows(host_values(out, dtype_name(dtype)).reshape(-1, dim), dtype_name(dtype)),
+        )
+        row_map = _C.RowMap(scale64.item(), shift64.reshape(dim).numpy(), correction64.reshape(dim).numpy())
+        arrays = rows.values, rows.bfloat16, target.values, target.bfloat16
+        return out, torch.tensor(_C.row_transform(*arrays, row_map, count_threads(None))[:2])
+    maps = MapTensors(scale, shift, correction, scale64, shift64, correction64)
+    counts = _backend(x, out).row_transform(x.reshape(-1, dim), out.view(-1, dim), maps, None)
+    return out, counts[:2].clone()
+
+
+def _run_backward(
+    grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, correction: Tensor, scale64: Tensor, shift64: Tensor,
+    correction64: Tensor,
+) -> Tensor:  # fmt: skip
+    dim = shift.shape[-1]
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    maps = MapTensors(scale, shift, correction, scale64, shift64, correction64)
+    rows = x.reshape(-1, dim), grad_out.reshape(-1, dim), grad_x.view(-1, dim)
+    _backend(x, grad_out).row_transform_backward(*rows, maps)
+    return grad_x
+
+
+def _backend(*rows: Tensor) -> Any:
+    chosen = choose("auto", str(rows[0].device), [dtype_name(each.dtype) for each in rows])
+    return import_module("._triton_rows" if chosen == "triton" else "._torch_rows", __package__)
+
+
+# Schemas in words: with annotations as text, torch could not infer them.
+_MAPS = "Tensor scale, Tensor shift, Tensor correction, Tensor scale64, Tensor shift64, Tensor correction64"
+row_transform = torch.library.custom_op(
+    "realign_fast::row_transform",
+    _run,
+    mutates_args=(),
+    schema=f"(Tensor x, {_MAPS}, ScalarType dtype) -> (Tensor, Tensor)",
+)
+row_transform_backward = torch.library.custom_op(
+    "realign_fast::row_transform_backward",
+    _run_backward,
+    mutates_args=(),
+    schema=f"(Tensor grad_out, Tensor x, {_MAPS}) -> Tensor",
+)
+
+
+@row_transform.register_fake
+def _(x: Tensor, *maps_and_dtype: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=maps_and_dtype[-1]), x.new_empty(2, dtype=torch.int64)
+
+
+@row_transform_backward.register_fake
+def _(grad_out: Tensor, x: Tensor, *maps: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, *maps, _ = inputs
+    ctx.save_for_backward(x, *maps)
+
+
+def _backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    return row_transform_backward(grad_out, *ctx.saved_tensors), *[None] * 7
+
+
+row_transform.register_autograd(_backward, setup_context=_setup_context)
