@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,7 +30,7 @@ class Sample:
 
     def __init__(self, dim: int, dtype: str, num_rows: int | None) -> None:
         self.dim = dim
-        self._dtype = dtype
+        self.dtype = dtype
         self._capacity = max(1, min(MAX_ROWS, MAX_BYTES // (dim * storage(dtype).itemsize)))
         self._halvings = 0
         self._expected = num_rows or 0
@@ -37,8 +40,11 @@ class Sample:
         self._values = np.empty((0, dim), storage(dtype))
         self._keys = np.empty(0, np.uint64)
 
-    def add(self, rows: Rows, keys: NDArray[np.uint64]) -> None:
-        """Look at rows and their keys; bad rows have key 0 and are left out."""
+    def add(self, keys: NDArray[np.uint64], take: Callable[[NDArray[np.intp], NDArray[Any]], None]) -> None:
+        """Look at rows by their keys; bad rows have key 0 and are left out.
+
+        `take(numbers, out)` copies the rows of these numbers to `out`, in `storage(dtype)`.
+        """
         self._num_seen += len(keys)
         needed = max(self._num_seen, self._expected)
         while needed > self._capacity << self._halvings:
@@ -48,7 +54,7 @@ class Sample:
             self._refilter()  # what came under an earlier bound goes first
             self._reserve(self._num_kept + chosen.size)
         end = self._num_kept + chosen.size
-        np.take(rows.values, chosen, axis=0, out=self._values[self._num_kept : end], mode="clip")
+        take(chosen, self._values[self._num_kept : end])
         self._keys[self._num_kept : end] = keys[chosen]
         self._num_kept = end
         # Rows of equal content have equal keys: a heap of them must not exhaust the memory.
@@ -91,4 +97,4 @@ class Sample:
 
     def take(self, numbers: NDArray[np.intp]) -> Rows:
         """Return a copy of the rows that `ranking` calls so."""
-        return Rows(self._values[numbers], self._dtype)
+        return Rows(self._values[numbers], self.dtype)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ._torch_rows import MapTensors
 from .kernels import _rows
@@ -52,9 +54,9 @@ class Accumulator:
         moments_kernels.transformed_moments(rows, table, self._sums, self._bad_rows, self.num_rows)
         self.num_rows += len(x)
 
-    def read(self) -> tuple[torch.Tensor, tuple[int, int, int]]:
-        """Return the sums on the host and `(num_zero, num_nonfinite, first_bad)`; waits for the device."""
-        return self._sums.cpu(), read_bad_rows(self._bad_rows)
+    def read(self) -> tuple[NDArray[np.int64], int, tuple[int, int, int]]:
+        """Return the sums, the number of rows and `(num_zero, num_nonfinite, first_bad)`; waits for the device."""
+        return self._sums.cpu().numpy(), self.num_rows, read_bad_rows(self._bad_rows)
 
 
 def with_contiguous_rows(x: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,8 @@ the map are ours.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, Literal
@@ -17,13 +18,13 @@ from numpy.typing import NDArray
 
 from . import _C, _files
 from ._dtypes import Rows
-from ._errors import BadRowsError
 from ._progress import progress as show_progress
+from ._reader import Reader, reader_for
 from ._sample import Sample
 from ._transform import raise_if_bad, transform_by, transform_rows
-from .backends import choose
+from .backends import choose, find_device
 from .io.sources import Batch, Source, count_rows, file_paths, open_source
-from .methods import Method, Parameters, Solution, check_sets, get_method
+from .methods import Method, Parameters, ParametersTable, Solution, check_sets, get_method
 from .moments import Moments, OnBadRows, check_on_bad_rows
 
 Side = Literal["source", "target"]
@@ -323,7 +324,8 @@ def fit(
         What becomes of rows with NaN, infinity or norm zero: "raise"; "skip" leaves them out; "zero" counts them as
         zero vectors.
     backend
-        "auto" or "cpu".
+        "auto", where the rows lie: sets of which one is a tensor on a GPU are read there; or "cpu"; or "triton", which
+        brings files and arrays to the GPU, copying while it computes. There, bad rows are reported after the read.
     num_threads
         By default the cores this process may use.
     text_column, image_column
@@ -359,19 +361,18 @@ def fit(
     """
     solver = get_method(method, options)
     check_on_bad_rows(on_bad_rows)
-    choose(backend, "cpu")
     text_source = open_source(text, name="text", key=key, column=text_column, num_threads=num_threads)
     image_source = open_source(image, name="image", key=key, column=image_column, num_threads=num_threads)
     _check_readable(text_source, solver, method)
     _check_dims(text_source, image_source)
-    read = partial(_read, on_bad_rows=on_bad_rows, num_threads=num_threads, limit=limit, progress=progress)
-    target, image_sample = read(image_source)
-    source, text_sample = read(text_source)
+    sources = text_source, image_source
+    reader = reader_for(backend, sources, on_bad_rows, num_threads, limit=limit, progress=progress)
+    target, image_sample = reader.moments_and_sample(image_source)
+    source, text_sample = reader.moments_and_sample(text_source)
     check_sets(source, target)
-    batches = partial(_batches, text_source, limit, progress)
     text_part, image_part = _Part.whole(text_sample), _Part.whole(image_sample)
-    problem = _Problem(source, target, batches, text_part, on_bad_rows, num_threads)
-    solution = solver.solve(problem, **options)
+    moments_of = partial(reader.transformed_moments, text_source)
+    solution = solver.solve(_Problem(source, target, moments_of, text_part, num_threads), **options)
     report = _report(method, options, source, target, solution)
     report |= _sample_report(solver, options, text_part, image_part, num_threads)
     prints = {"text": text_source.fingerprint(), "image": image_source.fingerprint()}
@@ -408,12 +409,11 @@ def fit_from_moments(
     """
     solver = get_method(method, options)
     check_on_bad_rows(on_bad_rows)
-    choose(backend, "cpu")
     check_sets(text_moments, image_moments)
     sample = Sample(text_moments.dim, "float32", None)
     fingerprints = {}
 
-    def batches() -> Iterator[Batch]:
+    def moments_of(parameters: Parameters) -> Moments:
         raise AssertionError("this method does not read the text")
 
     if solver.reads_again:
@@ -422,12 +422,13 @@ def fit_from_moments(
         source = open_source(text, name="text", key=key, column=text_column, num_threads=num_threads)
         _check_readable(source, solver, method)
         _check_dims(source, image_moments)
-        batches = partial(_batches, source, None, progress)
+        reader = reader_for(backend, (source,), on_bad_rows, num_threads, progress=progress)
+        moments_of = partial(reader.transformed_moments, source)
         if options.get("refine"):
-            _, sample = _read(source, on_bad_rows, num_threads, None, progress)
+            _, sample = reader.moments_and_sample(source)
         if (value := source.fingerprint()) is not None:
             fingerprints["text"] = value
-    problem = _Problem(text_moments, image_moments, batches, _Part.whole(sample), on_bad_rows, num_threads)
+    problem = _Problem(text_moments, image_moments, moments_of, _Part.whole(sample), num_threads)
     solution = solver.solve(problem, **options)
     report = _report(method, options, text_moments, image_moments, solution) | {"in_sample": None, "held_out": None}
     return _alignment(method, solution, text_moments, image_moments, report, fingerprints, encoder)
@@ -442,6 +443,7 @@ def apply_files(
     format: str = "same",  # noqa: A002 (the name of the command's flag)
     side: Side = "source",
     on_bad_rows: Literal["raise", "zero"] = "raise",
+    backend: str = "auto",
     column: str | None = None,
     id_column: str = "id",
     resume: bool = False,
@@ -463,6 +465,8 @@ def apply_files(
         "same", "npy", "parquet", "safetensors" or "pickle".
     side, on_bad_rows, num_threads
         As in `Alignment.transform`.
+    backend
+        "auto" or "cpu", the C++ kernels; or "triton", which brings the rows to a GPU and back.
     column, id_column
         Names of the columns in files that have several.
     resume, overwrite
@@ -481,13 +485,13 @@ def apply_files(
     from .io.writer import rewrite
 
     check_on_bad_rows(on_bad_rows, skip=False)
-    maps = alignment.parameters_of(side).alone
     paths = file_paths(text)
+    map_rows = _map_for(alignment.parameters_of(side).alone, backend)
 
     def transform(rows: Rows, out: Rows, threads: int) -> tuple[int, int, int]:
         if rows.values.shape[1] != alignment.dim:
             raise ValueError(f"rows have dimension {rows.values.shape[1]}, the alignment has {alignment.dim}")
-        bad = transform_rows(maps, None, rows, out, threads)
+        bad = map_rows(rows, out, threads)
         raise_if_bad(bad, on_bad_rows)
         return bad
 
@@ -509,11 +513,33 @@ def apply_files(
         )
 
 
+def _map_for(maps: ParametersTable, backend: str) -> Callable[[Rows, Rows, int], tuple[int, int, int]]:
+    if backend not in ("auto", "cpu", "triton"):
+        raise ValueError(f"backend must be one of auto, cpu, triton for files, got {backend!r}")
+    if backend != "triton":
+        return partial(transform_rows, maps, None)
+    device = find_device()
+    choose(backend, device)
+    from ._gpu import DeviceTransform
+
+    own = threading.local()  # files are rewritten by several threads
+
+    def map_rows(rows: Rows, out: Rows, threads: int) -> tuple[int, int, int]:
+        choose(backend, device, (rows.dtype, out.dtype))
+        if not hasattr(own, "transform"):
+            own.transform = DeviceTransform(maps, device, threads)
+        bad: tuple[int, int, int] = own.transform(rows, out, threads)
+        return bad
+
+    return map_rows
+
+
 def gather_moments(
     data: Any,
     *,
     name: str = "data",
     on_bad_rows: OnBadRows = "raise",
+    backend: str = "auto",
     num_threads: int | None = None,
     key: str | None = None,
     column: str | None = None,
@@ -521,28 +547,22 @@ def gather_moments(
     progress: bool = False,
 ) -> Moments:
     """Return the moments of everything in `data`, in any of the forms that `fit` takes."""
-    check_on_bad_rows(on_bad_rows)
     source = open_source(data, name=name, key=key, column=column, num_threads=num_threads)
-    moments = Moments(source.dim)
-    for batch in _batches(source, limit, progress):
-        with _located(batch):
-            moments.update_rows(batch.rows, on_bad_rows, num_threads)
-    return moments
+    return reader_for(backend, (source,), on_bad_rows, num_threads, limit=limit, progress=progress).moments(source)
 
 
-class _Part:
+class _Part(Source):
     """Some rows of a sample, in the order of its ranking."""
+
+    name = "sample"
 
     def __init__(self, sample: Sample, numbers: NDArray[np.intp]) -> None:
         self._sample, self._numbers = sample, numbers
+        self.dim, self.dtype, self.num_rows = sample.dim, sample.dtype, len(numbers)
 
     @classmethod
     def whole(cls, sample: Sample) -> _Part:
         return cls(sample, sample.ranking())
-
-    @property
-    def dim(self) -> int:
-        return self._sample.dim
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -555,9 +575,9 @@ class _Part:
     def first(self, num_rows: int) -> Rows:
         return self._sample.take(self._numbers[:num_rows])
 
-    def batches(self) -> Iterator[Batch]:
-        numbers = np.sort(self._numbers)  # sums do not ask for an order: that of the memory is the fastest
-        for start in range(0, len(self), _PART_ROWS):
+    def batches(self, limit: int | None = None) -> Iterator[Batch]:
+        numbers = np.sort(self._numbers[:limit])  # sums do not ask for an order: that of the memory is the fastest
+        for start in range(0, len(numbers), _PART_ROWS):
             yield Batch(self._sample.take(numbers[start : start + _PART_ROWS]), "sample", start)
 
 
@@ -568,14 +588,13 @@ class _Problem:
         self,
         source: Moments,
         target: Moments,
-        batches: Callable[[], Iterable[Batch]],
+        moments_of: Callable[[Parameters], Moments],
         sample: _Part,
-        on_bad_rows: OnBadRows,
         num_threads: int | None,
     ) -> None:
         self.source, self.target = source, target
-        self._batches, self._sample = batches, sample
-        self._on_bad_rows: OnBadRows = on_bad_rows
+        self.moments_of = moments_of
+        self._sample = sample
         self._num_threads = num_threads
 
     def mean_of(self, parameters: Parameters) -> NDArray[np.float64]:
@@ -586,13 +605,6 @@ class _Problem:
                 "it must give the same rows each time it is read"
             )
         return mapped.mean
-
-    def moments_of(self, parameters: Parameters) -> Moments:
-        moments = Moments(self.source.dim)
-        for batch in self._batches():
-            with _located(batch):
-                moments.update_transformed(batch.rows, parameters.row_map, self._on_bad_rows, self._num_threads)
-        return moments
 
     def newton_step(self, parameters: Parameters, residual: NDArray[np.float64]) -> NDArray[np.float64]:
         """Solve `E[(I - out out^T) / ||v + b||] step = residual` by conjugate gradients on rows of the sample.
@@ -628,42 +640,6 @@ class _Problem:
                 break
             direction = rest + size / previous * direction
         return step
-
-
-class _located:  # noqa: N801 (reads as a phrase at the call)
-    """Give a bad row the place of its batch."""
-
-    def __init__(self, batch: Batch) -> None:
-        self._batch = batch
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, BadRowsError):
-            raise error.moved(self._batch.origin, self._batch.start) from None
-
-
-def _batches(source: Source, limit: int | None, progress: bool) -> Iterator[Batch]:
-    total = source.num_rows if limit is None or source.num_rows is None else min(limit, source.num_rows)
-    with show_progress(f"read {source.name}", total, enabled=progress) as advance:
-        for batch in source.batches(limit):
-            yield batch
-            advance(len(batch.rows.values))
-
-
-def _read(
-    source: Source, on_bad_rows: OnBadRows, num_threads: int | None, limit: int | None, progress: bool
-) -> tuple[Moments, Sample]:
-    moments = Moments(source.dim)
-    known = source.num_rows if limit is None or source.num_rows is None else min(limit, source.num_rows)
-    sample = Sample(source.dim, source.dtype, known)
-    for batch in _batches(source, limit, progress):
-        keys = np.empty(len(batch.rows.values), np.uint64)
-        with _located(batch):
-            moments.update_rows(batch.rows, on_bad_rows, num_threads, keys)
-        sample.add(batch.rows, keys)
-    return moments, sample
 
 
 def _check_readable(source: Source, solver: Method, method: str) -> None:
@@ -711,15 +687,9 @@ def _sample_report(
 
 
 def _of_parts(text: _Part, image: _Part, num_threads: int | None) -> _Problem:
-    source, target = (_moments_of(part, num_threads) for part in (text, image))
-    return _Problem(source, target, text.batches, text, "raise", num_threads)
-
-
-def _moments_of(part: _Part, num_threads: int | None) -> Moments:
-    moments = Moments(part.dim)
-    for batch in part.batches():
-        moments.update_rows(batch.rows, "raise", num_threads)
-    return moments
+    reader = Reader("raise", num_threads)
+    moments_of = partial(reader.transformed_moments, text)
+    return _Problem(reader.moments(text), reader.moments(image), moments_of, text, num_threads)
 
 
 def _gaps(solution: Solution, problem: _Problem) -> dict[str, Any]:

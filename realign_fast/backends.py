@@ -45,6 +45,32 @@ def choose(requested: str, device: str, dtypes: Collection[str] = ()) -> str:
     return requested
 
 
+def find_device() -> str:
+    """Return torch's name of the GPU that is current, for rows that lie on none.
+
+    Raises
+    ------
+    ImportError
+        If there is no torch.
+    ValueError
+        If torch finds no GPU.
+    """
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise ImportError("backend 'triton' needs torch and triton: pip install 'realign-fast[gpu]'") from None
+    if _interpreted():
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise ValueError("backend 'triton' needs a CUDA or ROCm device, and torch finds none")
+    return f"cuda:{torch.cuda.current_device()}"
+
+
+def _interpreted() -> bool:
+    """Return whether Triton's interpreter runs the kernels, on the CPU, to test them."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _against_triton(device: str, dtypes: Collection[str]) -> str | None:
     """Return why the Triton kernels cannot run there, or None."""
     if find_spec("triton") is None:
@@ -52,9 +78,7 @@ def _against_triton(device: str, dtypes: Collection[str]) -> str | None:
     if "float64" in dtypes:
         return "takes float16, bfloat16 and float32, got float64"
     if device == "cpu":
-        # Its interpreter runs the kernels on the CPU, to test them.
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        return None if interpreted else "takes rows on a GPU, got rows in host memory"
+        return None if _interpreted() else "takes rows on a GPU, got rows in host memory"
     if not device.startswith("cuda"):
         return f"takes rows on a CUDA or ROCm device, got rows on {device}"
     torch = sys.modules["torch"]

@@ -17,6 +17,9 @@ from typing import Any, TextIO
 
 from ._version import __version__
 
+# What --device says, as the calls name it.
+_BACKENDS = {"cpu": "cpu", "cuda": "triton"}
+
 Handler = Callable[[argparse.Namespace], dict[str, Any]]
 
 
@@ -88,6 +91,7 @@ def _fit(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.image,
         method=arguments.method,
         on_bad_rows=arguments.on_bad_rows,
+        backend=_BACKENDS[arguments.device],
         num_threads=arguments.threads,
         text_column=arguments.text_column or arguments.embedding_column,
         image_column=arguments.image_column or arguments.embedding_column,
@@ -115,6 +119,7 @@ def _stats(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.path,
         name="path",
         on_bad_rows=arguments.on_bad_rows,
+        backend=_BACKENDS[arguments.device],
         num_threads=arguments.threads,
         column=arguments.embedding_column,
         limit=arguments.limit,
@@ -152,6 +157,7 @@ def _apply(arguments: argparse.Namespace) -> dict[str, Any]:
         id_column=arguments.id_column,
         resume=arguments.resume,
         overwrite=arguments.overwrite,
+        backend=_BACKENDS[arguments.device],
         num_threads=arguments.threads,
         progress=True,
     )
@@ -360,7 +366,7 @@ def _add_id_column(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_threads(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("cpu",), default="cpu", help="where to compute; this version: cpu alone")
+    parser.add_argument("--device", choices=tuple(_BACKENDS), default="cpu", help="where to compute; cuda: also ROCm")
     parser.add_argument("--threads", type=_positive, metavar="N", help="default: the cores this process may use")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,9 @@ from ._dtypes import Rows
 from ._errors import BadRowsError
 from ._rows import as_rows, dtype_name, is_tensor, refuse_gradients
 from .backends import choose, count_threads
+
+if TYPE_CHECKING:
+    from ._triton_rows import Accumulator
 
 OnBadRows = Literal["raise", "skip", "zero"]
 
@@ -43,24 +46,33 @@ class Moments:
     Attributes
     ----------
     dim : int
-    count : int
-        Rows counted, rows of norm zero among them where they were let in.
-    num_zero : int
-        Counted rows that add nothing to the sums (bad rows under `on_bad_rows="zero"`).
-    num_skipped : int
-        Bad rows left out under `on_bad_rows="skip"`.
     """
 
-    __slots__ = ("_sums", "count", "dim", "num_skipped", "num_zero")
+    __slots__ = ("_count", "_num_skipped", "_num_zero", "_pending", "_sums", "dim")
 
     def __init__(self, dim: int) -> None:
         if dim < 1:
             raise ValueError(f"dim must be at least 1, got {dim}")
         self.dim = int(dim)
-        self.count = 0
-        self.num_zero = 0
-        self.num_skipped = 0
+        self._count = self._num_zero = self._num_skipped = 0
         self._sums: NDArray[np.int64] = np.zeros(self.dim, np.int64)
+        # What still lies on GPUs, by device and what becomes of bad rows there.
+        self._pending: dict[tuple[Any, OnBadRows], Accumulator] = {}
+
+    @property
+    def count(self) -> int:
+        """Rows counted, rows of norm zero among them where they were let in."""
+        return self._settled()._count
+
+    @property
+    def num_zero(self) -> int:
+        """Counted rows that add nothing to the sums (bad rows under `on_bad_rows="zero"`)."""
+        return self._settled()._num_zero
+
+    @property
+    def num_skipped(self) -> int:
+        """Bad rows left out under `on_bad_rows="skip"`."""
+        return self._settled()._num_skipped
 
     def update(
         self,
@@ -83,7 +95,8 @@ class Moments:
             At most so many; by default the cores this process may use.
         backend
             "auto"; or "cpu", the C++ kernels; or "triton", the GPU kernels. A tensor on a GPU goes through Triton where
-            that can run, and else through host memory.
+            that can run, and else through host memory. Under "skip" and "zero" nothing then waits for the GPU: its sums
+            are fetched when something reads these moments.
 
         Raises
         ------
@@ -112,10 +125,21 @@ class Moments:
 
         rows = batch.detach().reshape(-1, self.dim)
         self._check_room(len(rows))
-        accumulator = Accumulator(self.dim, batch.device)
-        accumulator.add(rows)
-        sums, bad = accumulator.read()
-        self._add(sums.numpy(), len(rows), bad, on_bad_rows)
+        if on_bad_rows == "raise":
+            accumulator = Accumulator(self.dim, batch.device)
+            accumulator.add(rows)
+            self.add_sums(*accumulator.read(), on_bad_rows)
+            return
+        key = batch.device, on_bad_rows
+        if key not in self._pending:
+            self._pending[key] = Accumulator(self.dim, batch.device)
+        self._pending[key].add(rows)
+
+    def _settled(self) -> Moments:
+        while self._pending:
+            (_, on_bad_rows), accumulator = self._pending.popitem()
+            self.add_sums(*accumulator.read(), on_bad_rows)
+        return self
 
     def update_rows(
         self,
@@ -129,7 +153,7 @@ class Moments:
         self._check_room(len(rows.values))
         sums = np.zeros_like(self._sums)
         bad = _C.moments(rows.values, rows.bfloat16, sums, keys, count_threads(num_threads))
-        self._add(sums, len(rows.values), bad, on_bad_rows)
+        self.add_sums(sums, len(rows.values), bad, on_bad_rows)
 
     def update_transformed(
         self,
@@ -143,24 +167,28 @@ class Moments:
         self._check_room(len(rows.values))
         sums = np.zeros_like(self._sums)
         bad = _C.transformed_moments(rows.values, rows.bfloat16, row_map, sums, count_threads(num_threads))
-        self._add(sums, len(rows.values), bad, on_bad_rows)
+        self.add_sums(sums, len(rows.values), bad, on_bad_rows)
 
     def _check_room(self, num_rows: int) -> None:
-        if self.count + num_rows > _MAX_COUNT:
-            raise OverflowError(f"Moments hold at most {_MAX_COUNT} rows, got {self.count + num_rows}")
+        total = self._count + num_rows + sum(accumulator.num_rows for accumulator in self._pending.values())
+        if total > _MAX_COUNT:
+            raise OverflowError(f"Moments hold at most {_MAX_COUNT} rows, got {total}")
 
-    def _add(self, sums: NDArray[np.int64], num_rows: int, bad: tuple[int, int, int], on_bad_rows: OnBadRows) -> None:
+    def add_sums(
+        self, sums: NDArray[np.int64], num_rows: int, bad: tuple[int, int, int], on_bad_rows: OnBadRows
+    ) -> None:
+        """Add what a kernel found in `num_rows` rows: their fixed-point sums `(dim,)` and the bad ones among them."""
         num_zero, num_nonfinite, first = bad
         num_bad = num_zero + num_nonfinite
         if num_bad and on_bad_rows == "raise":
             raise BadRowsError("batch", first, num_zero, num_nonfinite)
         self._sums += sums
         if on_bad_rows == "skip":
-            self.count += num_rows - num_bad
-            self.num_skipped += num_bad
+            self._count += num_rows - num_bad
+            self._num_skipped += num_bad
         else:
-            self.count += num_rows
-            self.num_zero += num_bad
+            self._count += num_rows
+            self._num_zero += num_bad
 
     @property
     def mean(self) -> NDArray[np.float64]:
@@ -182,9 +210,9 @@ class Moments:
         """Add the rows that `other` has seen, and return self."""
         self._check_dim(other)
         self._check_room(other.count)
-        self.count += other.count
-        self.num_zero += other.num_zero
-        self.num_skipped += other.num_skipped
+        self._count += other.count
+        self._num_zero += other.num_zero
+        self._num_skipped += other.num_skipped
         self._sums += other._sums
         return self
 
@@ -204,9 +232,9 @@ class Moments:
         if part.count > self.count or part.num_zero > self.num_zero or part.num_skipped > self.num_skipped:
             raise ValueError(f"{part!r} is no part of {self!r}: it counts more rows")
         rest = Moments(self.dim)
-        rest.count = self.count - part.count
-        rest.num_zero = self.num_zero - part.num_zero
-        rest.num_skipped = self.num_skipped - part.num_skipped
+        rest._count = self.count - part.count
+        rest._num_zero = self.num_zero - part.num_zero
+        rest._num_skipped = self.num_skipped - part.num_skipped
         rest._sums = self._sums - part._sums
         return rest
 
@@ -217,6 +245,9 @@ class Moments:
             (self.dim, self.count, self.num_zero, self.num_skipped)
             == (other.dim, other.count, other.num_zero, other.num_skipped)
         ) and bool((self._sums == other._sums).all())
+
+    def __getstate__(self) -> object:
+        return super(Moments, self._settled()).__getstate__()
 
     __hash__ = None  # type: ignore[assignment]  # a mutable value
 
@@ -263,6 +294,6 @@ class Moments:
         if sums.size == 0 or counts["num_zero"] > counts["count"] or (np.abs(sums.astype(np.float64)) > limit).any():
             raise ValueError(f"{path}: sums and counts do not fit together")
         moments = cls(sums.size)
-        moments.count, moments.num_zero, moments.num_skipped = counts.values()
+        moments._count, moments._num_zero, moments._num_skipped = counts.values()
         moments._sums = np.ascontiguousarray(sums)
         return moments

@@ -1,8 +1,10 @@
+from functools import partial
+
 import numpy as np
 import pytest
 
 from realign_fast import _sample
-from realign_fast._dtypes import Rows
+from realign_fast._reader import take_rows
 from realign_fast._sample import Sample
 
 DIM = 16
@@ -19,7 +21,7 @@ def sample_of(values, keys, chunk, known, order=None) -> np.ndarray:
     sample = Sample(DIM, "float32", len(values) if known else None)
     starts = np.arange(0, len(values), chunk)
     for start in starts if order is None else np.random.default_rng(order).permutation(starts):
-        sample.add(Rows(values[start : start + chunk], "float32"), keys[start : start + chunk])
+        sample.add(keys[start : start + chunk], partial(take_rows, values[start : start + chunk]))
     return sample.take(sample.ranking()).values
 
 

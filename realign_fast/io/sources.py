@@ -62,6 +62,8 @@ class Source(ABC):
         None where only reading tells.
     reiterable : bool
         Whether `batches` can be called more than once.
+    device : torch.device or None
+        Where the rows lie, if not in host memory.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Source(ABC):
     dtype: str
     num_rows: int | None
     reiterable: bool = True
+    device: Any = None
 
     @abstractmethod
     def batches(self, limit: int | None = None) -> Iterator[Batch]:
@@ -169,13 +172,31 @@ def _blocks_of(x: Any, num_rows: int) -> Iterator[Any]:
             yield x[start : start + step]
 
 
-def _rows_of(x: Any, name: str, dim: int, batch_bytes: int) -> Iterator[Rows]:
-    row_bytes = dim * storage(dtype_name(x.dtype)).itemsize
-    for part in _blocks_of(x, max(1, batch_bytes // row_bytes)):
-        yield as_rows(part, name=name, dim=dim)
+class MemorySource(Source):
+    """Arrays or tensors; those on a device can be had as they are."""
+
+    _batch_bytes: int
+
+    @abstractmethod
+    def parts(self, batch_bytes: int) -> Iterator[tuple[Any, str]]:
+        """Yield arrays or tensors `(..., dim)` of about `batch_bytes`, and what errors call each."""
+
+    def batches(self, limit: int | None = None) -> Iterator[Batch]:
+        """Yield all rows in order, or the first `limit`, in host memory."""
+        start = 0
+        for part, name in self.parts(self._batch_bytes):
+            if limit is not None and start >= limit:
+                return
+            rows = _first(as_rows(part, name=name, dim=self.dim), limit, start)
+            if len(rows.values):
+                yield Batch(rows, self.name, start)
+                start += len(rows.values)
+
+    def _cut(self, x: Any, batch_bytes: int) -> Iterator[Any]:
+        return _blocks_of(x, max(1, batch_bytes // (self.dim * storage(self.dtype).itemsize)))
 
 
-class _ArraySource(Source):
+class _ArraySource(MemorySource):
     def __init__(self, x: Any, name: str, batch_bytes: int) -> None:
         check_array(x, name)
         as_rows(x[:0], name=name)  # what else a tensor can have against it
@@ -183,20 +204,16 @@ class _ArraySource(Source):
         self.dim = int(x.shape[-1])
         self.dtype = dtype_name(x.dtype)
         self.num_rows = math.prod(x.shape[:-1])
+        self.device = _device_of(x)
         self._x = x
         self._batch_bytes = batch_bytes
 
-    def batches(self, limit: int | None = None) -> Iterator[Batch]:
-        start = 0
-        for rows in _rows_of(self._x, self.name, self.dim, self._batch_bytes):
-            rows = _first(rows, limit, start)
-            if not len(rows.values):
-                return
-            yield Batch(rows, self.name, start)
-            start += len(rows.values)
+    def parts(self, batch_bytes: int) -> Iterator[tuple[Any, str]]:
+        for part in self._cut(self._x, batch_bytes):
+            yield part, self.name
 
 
-class _IterableSource(Source):
+class _IterableSource(MemorySource):
     num_rows = None
 
     def __init__(self, data: Iterable[object], name: str, key: str | None, batch_bytes: int) -> None:
@@ -213,6 +230,7 @@ class _IterableSource(Source):
         x = self._array(first, 0)
         self.dim = int(x.shape[-1])
         self.dtype = dtype_name(x.dtype)
+        self.device = _device_of(x)
         # The batch looked at is not asked for twice.
         self._begun: Iterator[object] | None = chain([first], iterator)
 
@@ -227,7 +245,7 @@ class _IterableSource(Source):
             raise TypeError(f"{name} must be an array, a tensor or a dict of such, got {type(item).__name__}")
         return check_array(item, name)
 
-    def batches(self, limit: int | None = None) -> Iterator[Batch]:
+    def parts(self, batch_bytes: int) -> Iterator[tuple[Any, str]]:
         items, self._begun = self._begun, None
         if items is None:
             if not self.reiterable:
@@ -236,25 +254,26 @@ class _IterableSource(Source):
                     "pass an array, paths, or an object whose __iter__ begins anew"
                 )
             items = iter(self._data)
-        return self._batches(items, limit)
+        return self._parts(items, batch_bytes)
 
-    def _batches(self, items: Iterator[object], limit: int | None) -> Iterator[Batch]:
-        start = 0
+    def _parts(self, items: Iterator[object], batch_bytes: int) -> Iterator[tuple[Any, str]]:
         for index, item in enumerate(items):
             x = self._array(item, index)
-            if x.shape[-1] != self.dim or dtype_name(x.dtype) != self.dtype:
+            if (x.shape[-1], dtype_name(x.dtype), _device_of(x)) != (self.dim, self.dtype, self.device):
                 raise ValueError(
-                    f"batch {index} of {self.name} has dimension {x.shape[-1]} and dtype {dtype_name(x.dtype)}, "
-                    f"batch 0 has {self.dim} and {self.dtype}"
+                    f"batch {index} of {self.name} has dimension {x.shape[-1]} and dtype {dtype_name(x.dtype)}"
+                    f"{_on(_device_of(x))}, batch 0 has {self.dim} and {self.dtype}{_on(self.device)}"
                 )
-            for rows in _rows_of(x, f"batch {index} of {self.name}", self.dim, self._batch_bytes):
-                rows = _first(rows, limit, start)
-                if not len(rows.values):
-                    if limit is not None and start >= limit:
-                        return
-                    continue
-                yield Batch(rows, self.name, start)
-                start += len(rows.values)
+            for part in self._cut(x, batch_bytes):
+                yield part, f"batch {index} of {self.name}"
+
+
+def _device_of(x: Any) -> Any:
+    return x.device if is_tensor(x) and not x.is_cpu else None
+
+
+def _on(device: Any) -> str:
+    return "" if device is None else f" on {device}"
 
 
 class _FileSource(Source):

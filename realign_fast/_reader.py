@@ -1,0 +1,133 @@
+"""Reads of a whole set: its moments, a sample of it, the moments of what a map makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._errors import BadRowsError
+from ._progress import progress as show_progress
+from ._sample import Sample
+from .backends import choose, find_device
+from .io.sources import Batch, Source
+from .methods import Parameters
+from .moments import Moments, OnBadRows, check_on_bad_rows
+
+
+class Reader:
+    """Reads through the C++ kernels.
+
+    Parameters
+    ----------
+    on_bad_rows
+        "raise", "skip" or "zero".
+    num_threads
+        By default the cores this process may use.
+    limit
+        Read at most so many rows of each set.
+    progress
+        Show progress on stderr.
+    """
+
+    def __init__(
+        self,
+        on_bad_rows: OnBadRows,
+        num_threads: int | None = None,
+        *,
+        limit: int | None = None,
+        progress: bool = False,
+    ) -> None:
+        check_on_bad_rows(on_bad_rows)
+        self._on_bad_rows: OnBadRows = on_bad_rows
+        self._num_threads = num_threads
+        self._limit = limit
+        self._progress = progress
+
+    def moments(self, source: Source) -> Moments:
+        """Return the moments of all rows.
+
+        Raises
+        ------
+        BadRowsError
+            A ValueError naming file and row, under "raise".
+        """
+        moments = Moments(source.dim)
+        for batch in self._batches(source):
+            with _located(batch):
+                moments.update_rows(batch.rows, self._on_bad_rows, self._num_threads)
+        return moments
+
+    def moments_and_sample(self, source: Source) -> tuple[Moments, Sample]:
+        """Return the moments of all rows, and some of them, chosen by their content; raises as `moments`."""
+        moments, sample = Moments(source.dim), self._new_sample(source)
+        for batch in self._batches(source):
+            values = batch.rows.values
+            keys = np.empty(len(values), np.uint64)
+            with _located(batch):
+                moments.update_rows(batch.rows, self._on_bad_rows, self._num_threads, keys)
+            sample.add(keys, partial(take_rows, values))
+        return moments, sample
+
+    def transformed_moments(self, source: Source, parameters: Parameters) -> Moments:
+        """Return the moments of what the map makes of all rows; raises as `moments`."""
+        moments = Moments(source.dim)
+        for batch in self._batches(source):
+            with _located(batch):
+                moments.update_transformed(batch.rows, parameters.row_map, self._on_bad_rows, self._num_threads)
+        return moments
+
+    def _num_rows(self, source: Source) -> int | None:
+        known = source.num_rows
+        return known if known is None or self._limit is None else min(known, self._limit)
+
+    def _new_sample(self, source: Source) -> Sample:
+        return Sample(source.dim, source.dtype, self._num_rows(source))
+
+    def _batches(self, source: Source) -> Iterator[Batch]:
+        total = self._num_rows(source)
+        with show_progress(f"read {source.name}", total, enabled=self._progress) as advance:
+            for batch in source.batches(self._limit):
+                yield batch
+                advance(len(batch.rows.values))
+
+
+def take_rows(values: NDArray[Any], numbers: NDArray[np.intp], out: NDArray[Any]) -> None:
+    """Copy rows of these numbers to `out`."""
+    np.take(values, numbers, axis=0, out=out, mode="clip")
+
+
+@contextmanager
+def _located(batch: Batch) -> Iterator[None]:
+    """Give a bad row the place of its batch."""
+    try:
+        yield
+    except BadRowsError as error:
+        raise error.moved(batch.origin, batch.start) from None
+
+
+def reader_for(backend: str, sources: tuple[Source, ...], *arguments: Any, **options: Any) -> Reader:
+    """Return what reads these sources: where they lie on one GPU, or where "triton" is asked for, there.
+
+    Raises
+    ------
+    ValueError
+        If a backend asked for by name cannot run.
+    """
+    if backend == "torch":
+        raise ValueError("backend must be one of auto, cpu, triton for a fit, got 'torch'")
+    devices = {source.device for source in sources if source.device is not None}
+    if len(devices) > 1:
+        raise ValueError(f"text and image must be on one device, got {' and '.join(sorted(map(str, devices)))}")
+    if backend == "triton" and not devices:
+        devices = {find_device()}
+    device = next(iter(devices), "cpu")
+    if choose(backend, str(device), {source.dtype for source in sources}) == "triton":
+        from ._gpu import DeviceReader
+
+        return DeviceReader(device, *arguments, **options)
+    return Reader(*arguments, **options)
