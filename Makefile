@@ -16,13 +16,14 @@ INSTALLED_FROM = pyproject.toml setup.py constraints.txt $(EXTENSION_FILES)
 .DEFAULT_GOAL = test
 
 # The GPU kernels are compiled in one process and interpreted in another: Triton does either.
+INTERPRETED = $(wildcard tests/test_triton_*.py)
 test: $(INSTALLED)
 	$(BIN)/pytest
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/test_triton_values.py
+	TRITON_INTERPRET=1 $(BIN)/pytest $(INTERPRETED)
 
 test-all: $(INSTALLED)
 	$(BIN)/pytest -m 'slow or not slow'
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/test_triton_values.py
+	TRITON_INTERPRET=1 $(BIN)/pytest $(INTERPRETED)
 
 demo: $(INSTALLED)
 	$(BIN)/realign demo --overwrite
