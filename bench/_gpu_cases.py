@@ -8,10 +8,10 @@ from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
 
-import _tree  # noqa: F401 (what follows is this tree's)
 import numpy as np
 import torch
 from _gpu_timing import DEVICE, DTYPES, INTERPRETED, at_precision
+from _tree import is_here
 from realign_fast.kernels import _rows, _tuning
 from realign_fast.kernels import moments as moments_kernels
 from realign_fast.kernels import row_transform as row_kernels
@@ -375,18 +375,13 @@ for precision in PRECISIONS:
 
 
 def kernels_here() -> dict[str, Kernel]:
-    """Return the kernels whose module this tree has; say which ones it lacks."""
+    """Return the kernels that can run here; say which ones cannot."""
     here = {}
     for name, kernel in KERNELS.items():
-        try:
-            kernels(kernel.module)
-        except ModuleNotFoundError as error:
-            if error.name != f"realign_fast.kernels.{kernel.module}":
-                raise
+        if not is_here(f"realign_fast.kernels.{kernel.module}"):
             print(f"{name}: not in this tree")
+        elif not kernel.dtypes:
+            print(f"{name}: Triton's interpreter cannot multiply bfloat16")
         else:
-            if kernel.dtypes:
-                here[name] = kernel
-            else:
-                print(f"{name}: Triton's interpreter cannot multiply bfloat16")
+            here[name] = kernel
     return here

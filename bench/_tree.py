@@ -24,6 +24,12 @@ def load_package(name: str, folder: Path) -> None:
         setattr(sys.modules[parent], child, package)
 
 
+def is_here(module: str) -> bool:
+    """Return whether this tree has it: that of another tree, which is installed, might be older."""
+    parent, _, _ = module.rpartition(".")
+    return PathFinder.find_spec(module, sys.modules[parent].__path__) is not None
+
+
 class Extension:
     """`realign_fast._C`: built in the background where it is missing and can be, while the GPU is busy."""
 
@@ -52,13 +58,10 @@ class Extension:
 
     def _loads(self) -> bool:
         invalidate_caches()
-        if PathFinder.find_spec(EXTENSION, sys.modules["realign_fast"].__path__) is None:
-            return False  # that of another tree, which is installed, might be older
         try:
-            import_module(EXTENSION)
-        except ImportError:
+            return is_here(EXTENSION) and bool(import_module(EXTENSION))
+        except ImportError:  # built for another Python
             return False
-        return True
 
 
 load_package("realign_fast", ROOT / "realign_fast")
