@@ -7,8 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from realign_fast.benchmark import machine
-
 
 def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
@@ -21,11 +19,15 @@ def row(what: str, ours: float, peer: str, ratio: float, goal: str, spread: floa
     return {"what": what, "ours": ours, "unit": unit, "peer": peer, "ratio": ratio, "goal": goal, "spread": spread}
 
 
-def report(rows: list[dict[str, Any]], path: Path | None, **settings: Any) -> None:
+def write_json(path: Path, **parts: Any) -> None:
+    path.write_text(json.dumps(parts, indent=1) + "\n")
+
+
+def report(rows: list[dict[str, Any]], path: Path | None, machine: dict[str, Any], **settings: Any) -> None:
     for line in rows:
         print(
             f"{line['what']:58} {line['ours']:9.3g} {line['unit']:6} {line['ratio']:7.2f} x {line['peer']:40} "
             f"goal {line['goal']:22} spread {line['spread']:.1%}"
         )
     if path is not None:
-        path.write_text(json.dumps({"machine": machine(), "settings": settings, "rows": rows}, indent=1) + "\n")
+        write_json(path, machine=machine, settings=settings, rows=rows)

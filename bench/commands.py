@@ -15,7 +15,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 from _tables import arguments, report, row
 
-from realign_fast.benchmark import summarise
+from realign_fast.benchmark import machine, summarise
 
 HERE = Path(__file__).parent
 DIM = 768
@@ -189,4 +189,4 @@ if __name__ == "__main__":
         *on_disk(num_rows, rounds, options.disk),
         *memory(num_bytes, options.disk),
     ]
-    report(lines, options.json, num_rows=num_rows, rounds=rounds)
+    report(lines, options.json, machine(), num_rows=num_rows, rounds=rounds)

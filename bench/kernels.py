@@ -14,7 +14,7 @@ from _tables import arguments, report, row
 from realign_fast import _C
 from realign_fast._dtypes import empty
 from realign_fast.alignment import fit
-from realign_fast.benchmark import interleave, kernel_cases, rows_of, summarise
+from realign_fast.benchmark import interleave, kernel_cases, machine, rows_of, summarise
 
 ROW_TRANSFORM_GOALS = {
     "float32": {"avx512": 1.15, "avx2": 0.9, "baseline": 0.4},
@@ -151,6 +151,5 @@ def small(rounds: int) -> list[dict]:
 if __name__ == "__main__":
     options = arguments(__doc__).parse_args()
     count, rounds = (20_000, 3) if options.quick else (1_000_000, 9)
-    report(
-        large(count, rounds) + many_domains(count, rounds) + small(rounds), options.json, num_rows=count, rounds=rounds
-    )
+    lines = large(count, rounds) + many_domains(count, rounds) + small(rounds)
+    report(lines, options.json, machine(), num_rows=count, rounds=rounds)

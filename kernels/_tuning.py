@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple
 
@@ -31,6 +32,8 @@ class Plan(NamedTuple):
     num_warps : int
     num_programs : int
         The grid; a program does every `num_programs`-th tile.
+    num_reads : int
+        How often it reads each element of a plain row; what it writes it writes once.
     """
 
     block_n: int
@@ -38,6 +41,11 @@ class Plan(NamedTuple):
     chunk_d: int
     num_warps: int
     num_programs: int
+    num_reads: int = 1
+
+    def count_bytes(self, read: Iterable[torch.Tensor], written: Iterable[torch.Tensor] = ()) -> int:
+        """Return the bytes of plain rows that the launch moves, given the tensors it reads and those it writes."""
+        return self.num_reads * sum(x.nbytes for x in read) + sum(x.nbytes for x in written)
 
 
 def plan_rows(
@@ -59,6 +67,7 @@ def plan_rows(
         min(block_d, _CHUNK_D),
         num_warps,
         min(num_tiles, _PROGRAMS_PER_PROCESSOR * count_processors(device)),
+        1 if dim <= MAX_BLOCK_D else 2,
     )
 
 
