@@ -18,11 +18,11 @@ INSTALLED_FROM = pyproject.toml setup.py constraints.txt $(EXTENSION_FILES)
 # The GPU kernels are compiled in one process and interpreted in another: Triton does either.
 test: $(INSTALLED)
 	$(BIN)/pytest
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/test_triton_values.py
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/test_triton_values.py tests/test_triton_matrix_values.py
 
 test-all: $(INSTALLED)
 	$(BIN)/pytest -m 'slow or not slow'
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/test_triton_values.py
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/test_triton_values.py tests/test_triton_matrix_values.py
 
 demo: $(INSTALLED)
 	$(BIN)/realign demo --overwrite
