@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from importlib import import_module
-from types import ModuleType
 from typing import NamedTuple
 
+import _tree  # noqa: F401 (makes this tree the package)
 import numpy as np
 import torch
 from _gpu_timing import DEVICE, DTYPES, INTERPRETED, at_precision
-from _tree import is_here
-from realign_fast.kernels import _rows, _tuning
+from realign_fast.kernels import _rows, _tuning, whitening
+from realign_fast.kernels import covariance as covariance_kernels
 from realign_fast.kernels import moments as moments_kernels
 from realign_fast.kernels import row_transform as row_kernels
 from torch.nn.functional import layer_norm, normalize, rms_norm
@@ -274,7 +273,7 @@ def new_products(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def check_covariance(precision: str, x: torch.Tensor) -> float:
     pilot, (products, bad) = pilot_of(x.shape[1]), new_products(x)
-    kernels("covariance").covariance(x, pilot, products, bad, precision=precision)
+    covariance_kernels.covariance(x, pilot, products, bad, precision=precision)
     rows = oracle_rows(x)
     centred = reference.project(rows[~reference.bad_rows(rows)]) - pilot.cpu().numpy()
     wanted = centred.T @ centred
@@ -290,7 +289,7 @@ def covariance(precision: str, x: torch.Tensor, with_compiled: bool) -> Case:
         centred = normalize(x) - plain_pilot
         return torch.addmm(plain_products, centred.T, centred)
 
-    run = partial(kernels("covariance").covariance, x, pilot, *new_products(x), precision=precision)
+    run = partial(covariance_kernels.covariance, x, pilot, *new_products(x), precision=precision)
     peers = {"normalize and addmm": at_precision(MATMUL[precision], centred_product)}
     return Case(run, len(x) * x.shape[1] ** 2, "TFLOP/s", PRECISIONS[precision][1], peers)
 
@@ -302,9 +301,8 @@ def whitening_matrix(dim: int) -> torch.Tensor:
 
 def check_whiten(precision: str, x: torch.Tensor) -> float:
     matrix, out, bad = whitening_matrix(x.shape[1]), torch.full_like(x, float("nan")), _rows.new_bad_rows(DEVICE)
-    module = kernels("whitening")
-    weights = module.Weights.of(matrix, pilot_of(x.shape[1]), x.dtype, precision)
-    module.whiten(x, weights, out, bad, precision=precision)
+    weights = whitening.Weights.of(matrix, pilot_of(x.shape[1]), x.dtype, precision)
+    whitening.whiten(x, weights, out, bad, precision=precision)
     return whiten_error(precision, x, matrix, out, bad)
 
 
@@ -324,17 +322,12 @@ def whiten_error(
 def whiten(precision: str, x: torch.Tensor, with_compiled: bool) -> Case:
     matrix, out = whitening_matrix(x.shape[1]), torch.empty_like(x)
     plain_matrix = matrix.to(x.dtype).T
-    module = kernels("whitening")
-    weights = module.Weights.of(matrix, pilot_of(x.shape[1]), x.dtype, precision)
-    run = partial(module.whiten, x, weights, out, _rows.new_bad_rows(DEVICE), precision=precision)
+    weights = whitening.Weights.of(matrix, pilot_of(x.shape[1]), x.dtype, precision)
+    run = partial(whitening.whiten, x, weights, out, _rows.new_bad_rows(DEVICE), precision=precision)
     peers = {"torch.matmul": at_precision(MATMUL[precision], partial(torch.matmul, x, plain_matrix))}
     limit = rate_of("whitening", precision, str(x.dtype).removeprefix("torch."))
     of_last = partial(whiten_error, precision, x[LAST], matrix, out[LAST], None)
     return Case(run, 2 * len(x) * x.shape[1] ** 2, "TFLOP/s", limit, peers, of_last)
-
-
-def kernels(module: str) -> ModuleType:
-    return import_module(f"realign_fast.kernels.{module}")
 
 
 def rate_of(name: str, precision: str, dtype: str) -> str:
@@ -378,10 +371,8 @@ def kernels_here() -> dict[str, Kernel]:
     """Return the kernels that can run here; say which ones cannot."""
     here = {}
     for name, kernel in KERNELS.items():
-        if not is_here(f"realign_fast.kernels.{kernel.module}"):
-            print(f"{name}: not in this tree")
-        elif not kernel.dtypes:
-            print(f"{name}: Triton's interpreter cannot multiply bfloat16")
-        else:
+        if kernel.dtypes:
             here[name] = kernel
+        else:
+            print(f"{name}: Triton's interpreter cannot multiply bfloat16")
     return here

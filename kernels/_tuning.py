@@ -18,6 +18,8 @@ _TILE_ELEMENTS = 4096
 # Programs on one multiprocessor that work at once; each goes on to the next tile until none is left.
 _PROGRAMS_PER_PROCESSOR = 8
 _REGISTERS = 1 << 16  # of a multiprocessor
+_SHARED_BYTES = 163 << 10  # of an A100, where there is no GPU to ask
+ON_HIP = torch.version.hip is not None
 
 
 class Plan(NamedTuple):
@@ -71,9 +73,11 @@ def plan_rows(
     )
 
 
-def compile_options(num_warps: int, *, hip: bool = torch.version.hip is not None) -> dict[str, int | bool]:
+def compile_options(num_warps: int, num_stages: int | None = None, *, hip: bool = ON_HIP) -> dict[str, int | bool]:
     """Return the options of a launch on this torch's GPUs: a matter of the compiler, not of the values."""
     options: dict[str, int | bool] = {"num_warps": num_warps, "enable_fp_fusion": True}
+    if num_stages is not None:
+        options["num_stages"] = num_stages
     if not hip:
         # As many registers as there are: left alone, the assembler aims at occupancy and spills what rare rows need.
         options["maxnreg"] = min(255, _REGISTERS // (32 * num_warps))
@@ -88,4 +92,15 @@ def count_processors(device: torch.device) -> int:
 @cache
 def _count_processors(index: int) -> int:
     count: int = torch.cuda.get_device_properties(index).multi_processor_count
+    return count
+
+
+def shared_bytes(device: torch.device) -> int:
+    """Return the shared memory that one program can have."""
+    return _SHARED_BYTES if device.type == "cpu" else _count_shared_bytes(device.index or 0)
+
+
+@cache
+def _count_shared_bytes(index: int) -> int:
+    count: int = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
     return count

@@ -55,3 +55,18 @@ def moments(rows: Matrix) -> tuple[int, Matrix, float]:
     unit = project(rows[~bad_rows(rows)])
     mean = unit.mean(axis=0)
     return len(unit), mean, float(((unit - mean) ** 2).sum(axis=1).mean())
+
+
+def covariance(rows: Matrix) -> tuple[int, Matrix, Matrix]:
+    """Return count, mean `(dim,)` and covariance `(dim, dim)` (ddof 0) of the unit rows, bad ones left out."""
+    unit = project(rows[~bad_rows(rows)])
+    mean = unit.mean(axis=0)
+    centred = unit - mean
+    return len(unit), mean, centred.T @ centred / len(unit)
+
+
+def whiten(rows: Matrix, matrix: Matrix, mean: Matrix) -> Matrix:
+    """Return `matrix (u - mean)`, `u = pi(row)`, of `(n, dim)` rows; zeros for bad ones."""
+    bad = bad_rows(rows)[:, None]
+    unit = project(np.where(bad, 0.0, rows))
+    return np.where(bad, 0.0, (unit - mean) @ matrix.T)

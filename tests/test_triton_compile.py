@@ -12,7 +12,8 @@ triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    from realign_fast.kernels import moments, row_transform
+    from realign_fast.kernels import _tuning, covariance, moments, row_transform, whitening
+    from realign_fast.kernels._tiles import dot_precision
     from realign_fast.kernels._tuning import MAX_BLOCK_D, compile_options, plan_rows
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -27,18 +28,19 @@ DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-def compiled(kernel, types, constants, target, num_warps):
+def compiled(kernel, types, constants, target, num_warps, num_stages=None):
     """Compile `kernel` as its launcher does for large contiguous tensors: addresses and strides divide by 16."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    aligned = [i for i, name in enumerate(names) if name not in constants]
+    aligned = [i for i, name in enumerate(names) if name not in constants and types[name] != "fp32"]
     source = ASTSource(
         fn=kernel,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    return triton.compile(source, target=target, options=compile_options(num_warps, hip=target.backend == "hip"))
+    options = compile_options(num_warps, num_stages, hip=target.backend == "hip")
+    return triton.compile(source, target=target, options=options)
 
 
 MAPS = {f"{name}_ptr": "*fp32" for name in ("scale", "shift", "correction")}
@@ -75,10 +77,11 @@ def assert_no_spills(found, tmp_path):
 
 
 def vector_accesses(found):
-    """Count the 16-byte loads and stores of global memory."""
+    """Count the 16-byte loads and stores of global memory, copies to shared memory among the loads."""
     if "ptx" in found.asm:
         text = found.asm["ptx"]
-        return tuple(len(re.findall(rf"{what}\.global\.\S*v4\.[bf]32", text)) for what in ("ld", "st"))
+        loads, stores = (len(re.findall(rf"{what}\.global\.\S*v4\.[bf]32", text)) for what in ("ld", "st"))
+        return loads + len(re.findall(r"cp\.async\.cg\.shared\.global .*, 0x10,", text)), stores
     text = found.asm["amdgcn"]
     return tuple(len(re.findall(f"(?:global|buffer)_{what}_dwordx4", text)) for what in ("load", "store"))
 
@@ -172,3 +175,92 @@ def test_moments_of_rows_too_long_for_registers(tmp_path, target):
     first = {**block, "CHUNK_D": 128, "HAS_KEYS": True}
     assert_no_spills(compiled(moments._factors_kernel, types, first, target, 4), tmp_path)
     assert_no_spills(compiled(moments._columns_kernel, types, {**block, "BLOCK_D": 128}, target, 4), tmp_path)
+
+
+TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+# Shared memory that a program can have.
+SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, "gfx942": 64 << 10}
+
+
+def tile_constants(tile, precision, dtype, target):
+    precision = dot_precision(precision, dtype, hip=target.backend == "hip")
+    return {"PRECISION": precision, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+
+
+def products_of(precision, target, monkeypatch):
+    monkeypatch.setattr(_tuning, "_SHARED_BYTES", SHARED_BYTES[target.arch])
+    plan = covariance.plan_covariance(4_000_000, 1280, torch.device("cpu"), precision, hip=target.backend == "hip")
+    types = {"centred_ptr": f"*{NAMES[plan.dtype]}", "products_ptr": "*fp64"}
+    types |= dict.fromkeys(("num_steps", "num_tiles", "dim", "width"), "i32")
+    constants = tile_constants(plan.tile, precision, plan.dtype, target)
+    kernel = covariance._products_kernel
+    return compiled(kernel, types, constants, target, plan.tile.num_warps, plan.tile.num_stages)
+
+
+def whitening_of(dtype, precision, target, monkeypatch):
+    monkeypatch.setattr(_tuning, "_SHARED_BYTES", SHARED_BYTES[target.arch])
+    rows_dtype = TORCH_DTYPES[dtype]
+    tile = whitening.plan_whitening(
+        4_000_000, 1280, torch.device("cpu"), rows_dtype, precision, hip=target.backend == "hip"
+    )
+    multiplied = whitening.product_dtype(rows_dtype, precision)
+    types = {"x_ptr": f"*{dtype}", "weight_ptr": f"*{NAMES[multiplied]}", "offset_ptr": "*fp32", "scale": "fp32"}
+    types |= {"out_ptr": f"*{dtype}", "bad_ptr": "*i64", "dim_out": "i32", **SIZES}
+    constants = tile_constants(tile, precision, multiplied, target)
+    return compiled(whitening._whiten_kernel, types, constants, target, tile.num_warps, tile.num_stages)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
+@pytest.mark.parametrize(
+    ("dtype", "stored", "dim"), [("bf16", "bf16", 1280), ("bf16", "fp32", 768), ("fp32", "fp32", 1280)]
+)
+def test_centring(tmp_path, target, dtype, stored, dim):
+    plan = covariance.plan_centring(4096, dim, torch.device("cpu"))
+    types = {"x_ptr": f"*{dtype}", "pilot_ptr": "*fp64", "centred_ptr": f"*{stored}", "bad_ptr": "*i64"}
+    types |= {"num_stored": "i32", "width": "i32", "first_row": "i64", **SIZES}
+    constants = {"BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d, "CHUNK_D": plan.chunk_d}
+    found = compiled(covariance._centre_kernel, types, constants, target, plan.num_warps)
+    assert_no_spills(found, tmp_path)
+    assert min(vector_accesses(found)) > 0
+
+
+def test_centring_of_rows_too_long_for_registers(tmp_path):
+    types = {"x_ptr": "*bf16", "pilot_ptr": "*fp64", "centred_ptr": "*bf16", "bad_ptr": "*i64"}
+    types |= {"num_stored": "i32", "width": "i32", "first_row": "i64", **SIZES}
+    plan = covariance.plan_centring(4096, 2 * MAX_BLOCK_D, torch.device("cpu"))
+    constants = {"CHUNK_D": covariance._WIDE_CHUNK_D}
+    found = compiled(covariance._centre_wide_kernel, types, constants, TARGETS[1], plan.num_warps)
+    assert_no_spills(found, tmp_path)
+    assert min(vector_accesses(found)) > 0
+
+
+# The tiles, and so the kernel, are the same for all dimensions from 256 on.
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
+@pytest.mark.parametrize("precision", ["exact", "high", "fast"])
+def test_products(tmp_path, monkeypatch, target, precision):
+    found = products_of(precision, target, monkeypatch)
+    assert_no_spills(found, tmp_path)
+    assert vector_accesses(found)[0] > 0
+    assert found.metadata.shared <= SHARED_BYTES[target.arch]
+
+
+MULTIPLIED = [("bf16", "high"), ("fp32", "exact"), ("fp32", "high"), ("fp32", "fast")]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "target"),
+    [(*which, target) for which in MULTIPLIED for target in TARGETS] + [("fp16", "high", t) for t in TARGETS[1:2]],
+    ids=lambda value: str(getattr(value, "arch", value)),
+)
+def test_whitening(tmp_path, monkeypatch, target, dtype, precision):
+    found = whitening_of(dtype, precision, target, monkeypatch)
+    assert_no_spills(found, tmp_path)
+    assert min(vector_accesses(found)) > 0
+    assert found.metadata.shared <= SHARED_BYTES[target.arch]
+
+
+def test_matrix_kernels_fit_in_the_shared_memory_of_small_gpus(monkeypatch):
+    target = GPUTarget("cuda", 86, 32)
+    for found in (products_of("fast", target, monkeypatch), whitening_of("bf16", "fast", target, monkeypatch)):
+        assert found.metadata.shared <= SHARED_BYTES[86]
