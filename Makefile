@@ -16,7 +16,7 @@ INSTALLED_FROM = pyproject.toml setup.py constraints.txt $(EXTENSION_FILES)
 .DEFAULT_GOAL = test
 
 # The GPU kernels are compiled in one process and interpreted in another: Triton does either.
-INTERPRETED = $(wildcard tests/test_triton_*.py) tests/test_gpu_bench.py
+INTERPRETED = $(wildcard tests/test_triton_*.py) tests/test_kernel_values.py tests/test_gpu_bench.py
 test: $(INSTALLED)
 	$(BIN)/pytest
 	TRITON_INTERPRET=1 $(BIN)/pytest $(INTERPRETED)

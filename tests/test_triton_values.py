@@ -1,5 +1,6 @@
 """The Triton kernels against the oracle, through Triton's interpreter: `TRITON_INTERPRET=1 pytest` runs these."""
 
+import mmap
 import os
 
 import numpy as np
@@ -10,6 +11,7 @@ import realign_fast as rf
 from realign_fast import reference
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),  # that of Triton 3.6
     pytest.mark.skipif(
         os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, and then no kernel can be compiled"
     ),
@@ -67,13 +69,6 @@ def test_rows_of_any_dimension_and_dtype(dim, dtype, count):
     assert bad == (0, 0, -1)
 
 
-@pytest.mark.parametrize("out_dtype", DTYPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_any_dtype_becomes_any_other(dtype, out_dtype):
-    x = make(9, 100, dtype)
-    assert_close(transform(x, make_map(100), dtype=out_dtype)[0], expected(x, make_map(100)))
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_too_long_for_registers(monkeypatch, dtype):
     monkeypatch.setattr(kernels, "MAX_BLOCK_D", 256)
@@ -97,12 +92,6 @@ def test_bad_rows_become_zeros_and_are_counted(dim, dtype):
     assert bad == (2, 3, 8)
     assert not out[[8, 9, 11, 40, 69]].any()
     assert_close(out, expected(x, make_map(dim)))
-
-
-@pytest.mark.parametrize("factor", [1e-38, 1e-25, 1e25, 1e38])
-def test_rows_of_any_magnitude(factor):
-    x = make(6, 200) * factor
-    assert_close(transform(x, make_map(200))[0], expected(x, make_map(200)))
 
 
 def test_half_rows_whose_squares_overflow():
@@ -143,6 +132,20 @@ def test_in_place_and_strided_rows():
     assert not wide[:, 90:].any()
     transform(x, mapping, out=x)
     assert_close(x, wanted)
+
+
+@pytest.mark.parametrize("dim", [64, 5])
+def test_rows_further_apart_than_32_bits_reach(dim):
+    far = (1 << 31) + 8
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE: memory for what is touched alone
+    memory = mmap.mmap(-1, 4 * (far + dim), flags=flags)
+    apart = torch.frombuffer(memory, dtype=torch.float32).as_strided((2, dim), (far, 1))
+    apart[:] = make(2, dim)
+    wanted, grad_out = expected(apart, make_map(dim)), make(2, dim, seed=7)
+    np.testing.assert_array_equal(sums_of(apart)[0], sums_of(apart.clone())[0])
+    assert_gradients_close(gradient(apart, grad_out, make_map(dim)), apart, grad_out, make_map(dim))
+    transform(apart, make_map(dim), out=apart)
+    assert_close(apart, wanted)
 
 
 def test_no_rows():
@@ -235,16 +238,6 @@ def sums_of(x):
 def mean_tolerance(count):
     """Each element of a mean lies within this of the exact one."""
     return 1e-9 + 8e-8 / np.sqrt(count)
-
-
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_moments_of_any_dimension_and_dtype(dim, dtype):
-    x = make(67, dim, dtype)
-    sums, bad = sums_of(x)
-    _, mean, _ = reference.moments(x.double().numpy())
-    np.testing.assert_allclose(sums / 2.0**27 / 67, mean, rtol=0, atol=mean_tolerance(67))
-    assert bad == (0, 0, -1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,224 @@
+"""What kernels compute, against the plain float64 version: the same tests for each instruction set and for Triton.
+
+Under TRITON_INTERPRET=1 they run the Triton kernels, in Triton's interpreter, otherwise the C++ kernels.
+"""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from realign_fast import _C, reference
+from realign_fast._dtypes import DTYPES, Rows, storage, to_float64
+from realign_fast._torch_rows import tensors_of
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    from realign_fast.kernels import _rows
+    from realign_fast.kernels import moments as moments_kernels
+    from realign_fast.kernels import row_transform as row_kernels
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter computes with NumPy, which speaks up
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),  # that of Triton 3.6
+]
+
+# 1 and 3: shorter than a vector; 127, 255: no multiple of one; 1152, 4096: more than the first-level cache holds.
+DIMS = (1, 3, 127, 255, 512, 768, 1024, 1152, 1280, 4096)
+COUNTS = (0, 1, 63, 64, 65)  # around the blocks of eight rows, and none
+NO_BAD_ROWS = (0, 0, -1)
+# Half the last place of a unit row's largest element, with room for the sums behind it.
+TOLERANCES = {"float16": 2.5e-4 + 2e-7, "bfloat16": 2e-3 + 2e-7, "float32": 2e-7, "float64": 1e-14}
+
+
+class Cpp:
+    """The C++ kernels."""
+
+    dtypes = DTYPES
+    tolerances = TOLERANCES
+    step = 1
+
+    def transform(self, rows, mapping, out, dtype):
+        return _C.row_transform(rows.values, rows.bfloat16, out, dtype == "bfloat16", _C.RowMap(*mapping), 2)
+
+    def moments(self, rows, sums, keys=None):
+        return _C.moments(rows.values, rows.bfloat16, sums, keys, 2)
+
+    def transformed_moments(self, rows, mapping, sums):
+        return _C.transformed_moments(rows.values, rows.bfloat16, _C.RowMap(*mapping), sums, 2)
+
+
+class Triton:
+    """The Triton kernels; the interpreter cuts bfloat16 off where a GPU rounds."""
+
+    dtypes = DTYPES[:3]
+    tolerances = TOLERANCES | {"bfloat16": 4e-3 + 2e-7}
+    step = 61  # of what is exhaustive elsewhere
+
+    def transform(self, rows, mapping, out, dtype):
+        bad = _rows.new_bad_rows(torch.device("cpu"))
+        row_kernels.row_transform(tensor(rows), tensor(Rows(out, dtype)), self.maps(mapping), bad)
+        return _rows.read_bad_rows(bad)
+
+    def moments(self, rows, sums, keys=None):
+        bad = _rows.new_bad_rows(torch.device("cpu"))
+        found = None if keys is None else torch.from_numpy(keys.view(np.int64))
+        moments_kernels.moments(tensor(rows), torch.from_numpy(sums), bad, keys=found)
+        return _rows.read_bad_rows(bad)
+
+    def transformed_moments(self, rows, mapping, sums):
+        bad = _rows.new_bad_rows(torch.device("cpu"))
+        moments_kernels.transformed_moments(tensor(rows), self.maps(mapping), torch.from_numpy(sums), bad)
+        return _rows.read_bad_rows(bad)
+
+    def maps(self, mapping):
+        scale, shift, correction = mapping
+        table = np.array([scale]), shift[None], correction[None]
+        return row_kernels.Maps(*tensors_of(table, torch.device("cpu")))
+
+
+@pytest.fixture(params=["triton"] if INTERPRETED else _C.instruction_sets())
+def kernels(request):
+    if INTERPRETED:
+        yield Triton()
+        return
+    _C.use_instruction_set(request.param)
+    yield Cpp()
+    _C.use_instruction_set("auto")
+
+
+def tensor(rows):
+    if rows.bfloat16:
+        return torch.from_numpy(rows.values.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(rows.values)
+
+
+def cast(values, dtype):
+    if dtype == "bfloat16":
+        narrow = torch.from_numpy(np.asarray(values, np.float32)).bfloat16()
+        return Rows(narrow.view(torch.int16).numpy().view(np.uint16), dtype)
+    return Rows(values.astype(storage(dtype)), dtype)
+
+
+def make(count, dim, dtype="float32", seed=0):
+    return cast(reference.project(np.random.default_rng(seed).normal(0.05, 1, (count, dim))), dtype)
+
+
+def make_map(dim, seed=1):
+    rng = np.random.default_rng(seed)
+    return 1.2, 0.5 * rng.normal(size=dim) / np.sqrt(dim), 0.1 * rng.normal(size=dim) / np.sqrt(dim)
+
+
+def transformed(kernels, rows, mapping, dtype):
+    out = np.full(rows.values.shape, np.nan if dtype != "bfloat16" else 0x7FC0, storage(dtype))
+    bad = kernels.transform(rows, mapping, out, dtype)
+    return to_float64(Rows(out, dtype)), bad
+
+
+def assert_transformed(kernels, rows, mapping, dtype=None):
+    dtype = dtype or rows.dtype
+    out, bad = transformed(kernels, rows, mapping, dtype)
+    wanted = reference.row_transform(to_float64(rows), *mapping)
+    np.testing.assert_allclose(out, wanted, rtol=0, atol=kernels.tolerances[dtype])
+    assert bad == NO_BAD_ROWS
+
+
+def assert_moments(kernels, rows):
+    sums = np.zeros(rows.values.shape[1], np.int64)
+    assert kernels.moments(rows, sums) == NO_BAD_ROWS
+    count, mean, _ = reference.moments(to_float64(rows))
+    np.testing.assert_allclose(sums / 2.0**27 / count, mean, rtol=0, atol=1e-9 + 8e-8 / np.sqrt(count))
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_float32_rows_of_every_shape(kernels, dim):
+    for count in COUNTS:
+        rows = make(count, dim)
+        assert_transformed(kernels, rows, make_map(dim))
+        if count:
+            assert_moments(kernels, rows)
+
+
+def test_many_rows(kernels):
+    rows = make(10_007 if kernels.step == 1 else 2_003, 128)
+    assert_transformed(kernels, rows, make_map(128))
+    assert_moments(kernels, rows)
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [3, 129])
+def test_every_pair_of_dtypes(kernels, dtype, out_dtype, dim):
+    if not {dtype, out_dtype} <= set(kernels.dtypes):
+        pytest.skip("not a dtype of these kernels")
+    rows = make(21, dim, dtype)
+    assert_transformed(kernels, rows, make_map(dim), out_dtype)
+    assert_moments(kernels, rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_moments_of_mapped_rows_are_those_of_the_mapped_rows(kernels, dtype):
+    if dtype not in kernels.dtypes:
+        pytest.skip("not a dtype of these kernels")
+    rows, mapping = make(1000 if kernels.step == 1 else 200, 300, dtype), make_map(300)
+    sums = np.zeros(300, np.int64)
+    assert kernels.transformed_moments(rows, mapping, sums) == NO_BAD_ROWS
+    wanted = reference.row_transform(to_float64(rows), *mapping).mean(0)
+    np.testing.assert_allclose(sums / 2.0**27 / len(rows.values), wanted, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("exponent", [-150, -140, -126, -60, 0, 60, 120])
+def test_any_magnitude(kernels, dtype, exponent):
+    rows = cast(np.ldexp(np.random.default_rng(0).normal(size=(9, 130)), exponent), dtype)
+    if dtype not in kernels.dtypes or not to_float64(rows).any(axis=1).all():
+        pytest.skip("not a dtype of these kernels, or it vanishes there")
+    if INTERPRETED and dtype == "bfloat16" and exponent == -126:
+        pytest.skip("the interpreter misreads subnormal bfloat16")
+    assert_transformed(kernels, rows, make_map(130))
+    assert_moments(kernels, rows)
+
+
+@pytest.mark.parametrize("dim", [64, 768])
+def test_rows_that_the_map_takes_near_the_origin(kernels, dim):
+    """The float32 form cancels there: those rows go the long way."""
+    rows = make(50, dim)
+    for factor in (-1.0, -0.999, -0.6):
+        assert_transformed(kernels, rows, (1.0, factor * to_float64(rows)[7], np.zeros(dim)))
+        assert_transformed(kernels, rows, (1.0, np.zeros(dim), factor * to_float64(rows)[7]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [5, 200])
+def test_bad_rows_are_counted_and_become_zeros(kernels, dtype, dim):
+    if dtype not in kernels.dtypes:
+        pytest.skip("not a dtype of these kernels")
+    values = to_float64(make(40, dim))
+    values[4, 1], values[11, dim - 1], values[12, 0], values[20] = np.nan, np.inf, -np.inf, 0
+    rows, bad = cast(values, dtype), [4, 11, 12, 20]
+    out, counts = transformed(kernels, rows, make_map(dim), dtype)
+    assert counts == (1, 3, 4)
+    assert not out[bad].any()
+    sums, of_good, mapped = (np.zeros(dim, np.int64) for _ in range(3))
+    keys = np.ones(40, np.uint64)
+    assert kernels.moments(rows, sums, keys) == (1, 3, 4)
+    kernels.moments(cast(np.delete(values, bad, axis=0), dtype), of_good)
+    np.testing.assert_array_equal(sums, of_good)
+    assert np.flatnonzero(keys == 0).tolist() == bad
+    assert kernels.transformed_moments(rows, make_map(dim), mapped) == (1, 3, 4)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_16_bit_value_is_read_rightly(kernels, dtype):
+    """Rows of one element and a one: their ratio shows what the element was read as."""
+    bits = np.arange(0, 1 << 16, kernels.step, dtype=np.uint16)
+    element = bits if dtype == "bfloat16" else bits.view(np.float16)
+    one = cast(np.ones(1), dtype).values[0]
+    rows = Rows(np.stack([element, np.full_like(element, one)], axis=1), dtype)
+    with np.errstate(invalid="ignore"):
+        values = to_float64(rows)
+    wanted = reference.row_transform(values, 1.0, np.zeros(2), np.zeros(2))
+    out, bad = transformed(kernels, rows, (1.0, np.zeros(2), np.zeros(2)), "float32")
+    np.testing.assert_allclose(out, wanted, rtol=1e-6, atol=1e-38)
+    assert bad[1] == (~np.isfinite(values[:, 0])).sum()
