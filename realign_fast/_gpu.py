@@ -92,10 +92,11 @@ class Feed:
         for number, (rows, origin, start) in enumerate(batches):
             slot = self._slots[number % _DEPTH]
             slot.wait()
-            host, slot.rows = slot.buffers("rows", rows.values.shape, getattr(torch, rows.dtype))
             slot.origin, slot.start = origin, start
-            copy_rows(rows.values, host_values(host, rows.dtype), count_threads(self._num_threads))
+            # Its memory is that stream's too: what other streams have freed they may still be using.
             with self._module.stream(self._copies):
+                host, slot.rows = slot.buffers("rows", rows.values.shape, getattr(torch, rows.dtype))
+                copy_rows(rows.values, host_values(host, rows.dtype), count_threads(self._num_threads))
                 slot.rows.copy_(host, non_blocking=True)
             self._module.current_stream().wait_stream(self._copies)
             yield slot

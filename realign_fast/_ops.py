@@ -92,3 +92,12 @@ def _backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
 
 
 row_transform.register_autograd(_backward, setup_context=_setup_context)
+
+
+def transform(x: Tensor, *maps_and_dtype: Any) -> tuple[Tensor, Tensor]:
+    """Return what the operator does, without the time of the way through torch where nothing there must see it."""
+    seen = torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled())
+    if seen or type(x) is not Tensor:
+        result: tuple[Tensor, Tensor] = row_transform(x, *maps_and_dtype)
+        return result
+    return _run(x, *maps_and_dtype)

@@ -14,7 +14,7 @@ except ModuleNotFoundError as missing:
     raise ImportError("realign_fast.nn needs torch: pip install 'realign-fast[torch]'") from missing
 
 from ._dtypes import DTYPES
-from ._ops import row_transform
+from ._ops import transform
 from ._rows import dtype_name
 from .alignment import Alignment, Side
 
@@ -90,13 +90,12 @@ class ReAlign(torch.nn.Module):
             dtype_name(x.dtype, name="x.dtype")  # says what is wrong
         if self.shift.dtype != torch.float64:
             raise TypeError(f"shift must stay float64, got {self.shift.dtype}: something cast this layer's buffers")
-        out, bad = row_transform(
+        out, bad = transform(
             x, self._scale32, self._shift32, self._correction32, self.scale, self.shift, self.correction,
             x.dtype if self.dtype is None else self.dtype,
         )  # fmt: skip
         self.bad_rows.add_(bad)
-        mapped: torch.Tensor = out
-        return mapped
+        return out
 
     def raise_bad_rows(self) -> None:
         """Raise if bad rows have come since the last call, and count from zero again; waits for the device.
