@@ -7,12 +7,11 @@ Source: ReAlign (arXiv 2602.07026), Anchor, Trace and Centroid alignment.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
+from ._maps import Maps
 from ._rows import count_bad, inverse_norm, is_good, is_plain, on_device_of, square64, to_fixed
 from ._tuning import MAX_BLOCK_D, Plan, compile_options, plan_rows
 
@@ -21,26 +20,6 @@ _SMALLEST_FUSED_SQUARE = tl.constexpr(0.25)
 SMALLEST_FUSED_DIM = 64
 # Nine sums in float64 for each of these columns have room in the registers, and each thread loads 16 bytes of a row.
 _WIDE_CHUNK_D, _WIDE_WARPS = 512, 2
-
-
-class Maps(NamedTuple):
-    """`num_maps` maps on one device: `scale` (m,), `shift` and `correction` (m, dim), contiguous.
-
-    In float32, and in float64 for the rows that need it.
-    """
-
-    scale: torch.Tensor
-    shift: torch.Tensor
-    correction: torch.Tensor
-    scale64: torch.Tensor
-    shift64: torch.Tensor
-    correction64: torch.Tensor
-
-    @classmethod
-    def of(cls, scale: torch.Tensor, shift: torch.Tensor, correction: torch.Tensor) -> Maps:
-        """Return float64 parameters in both precisions."""
-        exact = tuple(x.contiguous() for x in (scale, shift, correction))
-        return cls(*(x.float() for x in exact), *exact)
 
 
 @triton.jit

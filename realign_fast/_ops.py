@@ -14,8 +14,8 @@ import torch
 from . import _C
 from ._dtypes import Rows
 from ._rows import as_rows, dtype_name, host_values
-from ._torch_rows import MapTensors
 from .backends import choose, count_threads
+from .kernels._maps import Maps
 
 Tensor = torch.Tensor
 
@@ -34,7 +34,7 @@ def _run(
         row_map = _C.RowMap(scale64.item(), shift64.reshape(dim).numpy(), correction64.reshape(dim).numpy())
         arrays = rows.values, rows.bfloat16, target.values, target.bfloat16
         return out, torch.tensor(_C.row_transform(*arrays, row_map, count_threads(None))[:2])
-    maps = MapTensors(scale, shift, correction, scale64, shift64, correction64)
+    maps = Maps(scale, shift, correction, scale64, shift64, correction64)
     counts = _backend(x, out).row_transform(x.reshape(-1, dim), out.view(-1, dim), maps, None)
     return out, counts[:2].clone()
 
@@ -45,7 +45,7 @@ def _run_backward(
 ) -> Tensor:  # fmt: skip
     dim = shift.shape[-1]
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    maps = MapTensors(scale, shift, correction, scale64, shift64, correction64)
+    maps = Maps(scale, shift, correction, scale64, shift64, correction64)
     rows = x.reshape(-1, dim), grad_out.reshape(-1, dim), grad_x.view(-1, dim)
     _backend(x, grad_out).row_transform_backward(*rows, maps)
     return grad_x

@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .kernels._maps import Maps
+
 _CHUNK_ELEMENTS = 1 << 24  # bounds the temporaries
 
 
-class MapTensors(NamedTuple):
-    """Maps on one device: `scale` (m,), `shift` and `correction` (m, dim), in float32 and in float64.
-
-    Where a device has no float64, these stay on the CPU.
-    """
-
-    scale: torch.Tensor
-    shift: torch.Tensor
-    correction: torch.Tensor
-    scale64: torch.Tensor
-    shift64: torch.Tensor
-    correction64: torch.Tensor
-
-
-def tensors_of(table: Iterable[NDArray[np.float64]], device: torch.device) -> MapTensors:
+def tensors_of(table: Iterable[NDArray[np.float64]], device: torch.device) -> Maps:
     """Return scale (m,), shift and correction (m, dim) on a device."""
     exact = [torch.from_numpy(np.ascontiguousarray(x)) for x in table]
-    return MapTensors(*(x.float().to(device) for x in exact), *(to_device(x, device) for x in exact))
+    return Maps(*(x.float().to(device) for x in exact), *(to_device(x, device) for x in exact))
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -40,7 +27,7 @@ def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
         return x.cpu()
 
 
-def row_transform(x: torch.Tensor, out: torch.Tensor, maps: MapTensors, domain: torch.Tensor | None) -> torch.Tensor:
+def row_transform(x: torch.Tensor, out: torch.Tensor, maps: Maps, domain: torch.Tensor | None) -> torch.Tensor:
     """Map row `i` of `x` `(n, dim)` by map `domain[i]`, or all by the first, into `out`; bad rows become zeros.
 
     Returns `(num_zero, num_nonfinite, first_bad)` as a tensor of int64 on the device, `first_bad` being -1 where there
@@ -63,7 +50,7 @@ def row_transform(x: torch.Tensor, out: torch.Tensor, maps: MapTensors, domain: 
     return counts
 
 
-def row_transform_backward(x: torch.Tensor, grad_out: torch.Tensor, grad_x: torch.Tensor, maps: MapTensors) -> None:
+def row_transform_backward(x: torch.Tensor, grad_out: torch.Tensor, grad_x: torch.Tensor, maps: Maps) -> None:
     """Write the gradient with respect to `x`, given that with respect to what the first map makes of it.
 
     Through each projection `z / ||z||` goes `(g - p (p . g)) / ||z||` with `p = pi(z)`. Bad rows have gradient 0.
@@ -83,7 +70,7 @@ def read_bad_rows(counts: torch.Tensor) -> tuple[int, int, int]:
     return num_zero, num_nonfinite, first
 
 
-def _in_dtype(maps: MapTensors, *dtypes: torch.dtype) -> tuple[torch.Tensor, ...]:
+def _in_dtype(maps: Maps, *dtypes: torch.dtype) -> tuple[torch.Tensor, ...]:
     return tuple(maps[3:] if torch.float64 in dtypes else maps[:3])
 
 

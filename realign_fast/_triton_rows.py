@@ -6,27 +6,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ._torch_rows import MapTensors
 from .kernels import _rows
 from .kernels import moments as moments_kernels
 from .kernels import row_transform as kernels
+from .kernels._maps import Maps
 from .kernels._rows import read_bad_rows as read_bad_rows
 
 
-def row_transform(x: torch.Tensor, out: torch.Tensor, maps: MapTensors, domain: torch.Tensor | None) -> torch.Tensor:
+def row_transform(x: torch.Tensor, out: torch.Tensor, maps: Maps, domain: torch.Tensor | None) -> torch.Tensor:
     """Map row `i` of `x` `(n, dim)` by map `domain[i]`, or all by the first, into `out`; bad rows become zeros.
 
     Returns counts of them for `read_bad_rows`, the first two being `num_zero` and `num_nonfinite`.
     """
     bad_rows: torch.Tensor = _rows.new_bad_rows(x.device)
-    kernels.row_transform(with_contiguous_rows(x), out, kernels.Maps(*maps), bad_rows, domain)
+    kernels.row_transform(with_contiguous_rows(x), out, maps, bad_rows, domain)
     return bad_rows
 
 
-def row_transform_backward(x: torch.Tensor, grad_out: torch.Tensor, grad_x: torch.Tensor, maps: MapTensors) -> None:
+def row_transform_backward(x: torch.Tensor, grad_out: torch.Tensor, grad_x: torch.Tensor, maps: Maps) -> None:
     """Write the gradient with respect to `x`, given that with respect to what the first map makes of it."""
     rows, grad = with_contiguous_rows(x), with_contiguous_rows(grad_out)
-    kernels.row_transform_backward(rows, grad, grad_x, kernels.Maps(*maps))
+    kernels.row_transform_backward(rows, grad, grad_x, maps)
 
 
 class Accumulator:
@@ -48,10 +48,9 @@ class Accumulator:
         moments_kernels.moments(with_contiguous_rows(x), self._sums, self._bad_rows, self.num_rows, keys)
         self.num_rows += len(x)
 
-    def add_transformed(self, x: torch.Tensor, maps: MapTensors) -> None:
+    def add_transformed(self, x: torch.Tensor, maps: Maps) -> None:
         """Add what the first map makes of the good rows of `x`."""
-        rows, table = with_contiguous_rows(x), kernels.Maps(*maps)
-        moments_kernels.transformed_moments(rows, table, self._sums, self._bad_rows, self.num_rows)
+        moments_kernels.transformed_moments(with_contiguous_rows(x), maps, self._sums, self._bad_rows, self.num_rows)
         self.num_rows += len(x)
 
     def read(self) -> tuple[NDArray[np.int64], int, tuple[int, int, int]]:

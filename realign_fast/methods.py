@@ -17,7 +17,7 @@ from . import _C
 from .moments import Moments
 
 if TYPE_CHECKING:
-    from ._torch_rows import MapTensors
+    from .kernels._maps import Maps
 
 _EPS = 1e-10
 # Below this the identity `trace = 1 - ||mean||**2` has lost its digits: the set is constant.
@@ -57,10 +57,10 @@ class ParametersTable(tuple[Parameters, ...]):
         return [each.row_map for each in self]
 
     @cached_property
-    def _on_devices(self) -> dict[Any, MapTensors]:
+    def _on_devices(self) -> dict[Any, Maps]:
         return {}
 
-    def on(self, device: Any) -> MapTensors:
+    def on(self, device: Any) -> Maps:
         """Return them as tensors on a torch device, made once."""
         if device not in self._on_devices:
             from ._torch_rows import tensors_of
