@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdio>
 #include <system_error>
+#include <tuple>
 
 #include "dispatch.h"
 #include "file_read.h"
@@ -163,6 +164,29 @@ py::tuple py_row_transform_by_domain(const py::array& array, bool bfloat16, cons
   return transform_into(array, bfloat16, out, out_bfloat16, maps, domain, num_threads);
 }
 
+void py_row_transform_backward(const py::array& array, bool bfloat16, const py::array& grad_array, bool grad_bfloat16,
+                               const py::array& out_array, const RowMap& map, int num_threads) {
+  const Rows rows = rows_of(array, bfloat16, "rows");
+  const Rows grad = rows_of(grad_array, grad_bfloat16, "grad");
+  const Rows out = rows_of(out_array, bfloat16, "out");
+  check_dim(map, array);
+  for (const auto& [other, other_array, name] :
+       {std::make_tuple(&grad, &grad_array, "grad"), std::make_tuple(&out, &out_array, "out")})
+    if (other->range.num_rows != rows.range.num_rows || other->range.dim != rows.range.dim)
+      throw py::value_error(std::string(name) + " must have the shape of rows, " + shape_of(array) + ", got " +
+                            shape_of(*other_array));
+  if (out.dtype != rows.dtype || !out_array.writeable() || !(out_array.flags() & py::array::c_style))
+    throw py::value_error("out must be writeable, contiguous and of the dtype of rows");
+  const auto [out_begin, out_end] = extent_of(out);
+  for (const Rows* read : {&rows, &grad}) {
+    const auto [begin, end] = extent_of(*read);
+    if (begin < out_end && out_begin < end) throw py::value_error("out must overlap neither rows nor grad");
+  }
+  const int threads = threads_of(num_threads);
+  py::gil_scoped_release release;
+  row_transform_backward(rows, grad, map, const_cast<char*>(out.range.data), out.range.stride, threads);
+}
+
 py::tuple py_find_bad_rows(const py::array& array, bool bfloat16, int num_threads) {
   const Rows rows = rows_of(array, bfloat16, "rows");
   BadRows bad;
@@ -257,6 +281,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("out").noconvert(), py::arg("out_bfloat16"), py::arg("row_map"), py::arg("num_threads"));
   m.def("row_transform_by_domain", &py_row_transform_by_domain, py::arg("rows").noconvert(), py::arg("bfloat16"),
         py::arg("out").noconvert(), py::arg("out_bfloat16"), py::arg("row_maps"), py::arg("domain").noconvert(),
+        py::arg("num_threads"));
+  m.def("row_transform_backward", &py_row_transform_backward, py::arg("rows").noconvert(), py::arg("bfloat16"),
+        py::arg("grad").noconvert(), py::arg("grad_bfloat16"), py::arg("out").noconvert(), py::arg("row_map"),
         py::arg("num_threads"));
   m.def("find_bad_rows", &py_find_bad_rows, py::arg("rows").noconvert(), py::arg("bfloat16"), py::arg("num_threads"));
   m.def("stream_read", &py_stream_read, py::arg("buffer"), py::arg("num_threads"));

@@ -41,6 +41,17 @@ BadRows row_transform(const Rows& rows, const std::vector<const RowMap*>& maps, 
   });
 }
 
+void row_transform_backward(const Rows& rows, const Rows& grad, const RowMap& map, char* out, int64_t out_stride,
+                            int num_threads) {
+  const GradientKernel kernel = current_table().row_transform_backward[rows.dtype][grad.dtype];
+  const Map view = map.view();
+  const int num_parts = useful_threads(num_threads, rows.range.num_rows, rows.bytes());
+  for_each_range(rows, num_parts, [&](int, const RowRange& range, int64_t first, double* scratch, BadRows*) {
+    kernel(range, grad.range.data + first * grad.range.stride, grad.range.stride, view, out + first * out_stride,
+           out_stride, scratch);
+  });
+}
+
 BadRows find_bad_rows(const Rows& rows, int num_threads) {
   const FindBadRowsKernel kernel = current_table().find_bad_rows[rows.dtype];
   const int num_parts = useful_threads(num_threads, rows.range.num_rows, rows.bytes());

@@ -25,6 +25,11 @@ class RowMap {
 BadRows row_transform(const Rows& rows, const std::vector<const RowMap*>& maps, const int64_t* domain, char* out,
                       int64_t out_stride, Dtype out_dtype, int num_threads);
 
+// The gradient with respect to `rows` of sum(grad * what the map makes of them), in their dtype; 0 for bad rows. `out`
+// overlaps neither.
+void row_transform_backward(const Rows& rows, const Rows& grad, const RowMap& map, char* out, int64_t out_stride,
+                            int num_threads);
+
 BadRows find_bad_rows(const Rows& rows, int num_threads);
 
 }  // namespace realign

@@ -52,13 +52,18 @@ using MomentsKernel = void (*)(const RowRange&, int64_t* sums, uint64_t* keys, c
 using TransformedMomentsKernel = void (*)(const RowRange&, const Map&, int64_t* sums, double* scratch, BadRows*);
 using RowTransformKernel = void (*)(const RowRange&, const MapTable&, char* out, int64_t out_stride, bool nontemporal,
                                     double* scratch, BadRows*);
+// The gradient with respect to rows, in their dtype, given that with respect to what the map makes of them; 0 for bad
+// rows.
+using GradientKernel = void (*)(const RowRange&, const char* grad, int64_t grad_stride, const Map&, char* out,
+                                int64_t out_stride, double* scratch);
 using FindBadRowsKernel = void (*)(const RowRange&, double* scratch, BadRows*);
 
 struct KernelTable {
   const char* name;
   MomentsKernel moments[kNumDtypes];
   TransformedMomentsKernel transformed_moments[kNumDtypes];
-  RowTransformKernel row_transform[kNumDtypes][kNumDtypes];  // [in][out]
+  RowTransformKernel row_transform[kNumDtypes][kNumDtypes];       // [in][out]
+  GradientKernel row_transform_backward[kNumDtypes][kNumDtypes];  // [rows][gradient]
   FindBadRowsKernel find_bad_rows[kNumDtypes];
   uint64_t (*stream_read)(const char* data, int64_t size);
   void (*stream_copy)(const char* source, char* target, int64_t size, bool nontemporal);

@@ -86,6 +86,20 @@ def row_transform_by_domain(
 ) -> BadRows:
     """As `row_transform`, row `i` by `row_maps[domain[i]]`. ValueError where there is no such map."""
 
+def row_transform_backward(
+    rows: Rows,
+    bfloat16: bool,
+    grad: Rows,
+    grad_bfloat16: bool,
+    out: Rows,
+    row_map: RowMap,
+    num_threads: int,
+) -> None:
+    """Write the gradient with respect to `rows` of `sum(grad * out)`, `out` being what `row_transform` makes of them.
+
+    `out` is contiguous and has the dtype of `rows`. Bad rows have gradient 0.
+    """
+
 def find_bad_rows(rows: Rows, bfloat16: bool, num_threads: int) -> BadRows:
     """Read the rows and say which are bad."""
 

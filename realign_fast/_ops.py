@@ -31,7 +31,7 @@ def _run(
             as_rows(x, dim=dim),
             Rows(host_values(out, dtype_name(dtype)).reshape(-1, dim), dtype_name(dtype)),
         )
-        row_map = _C.RowMap(scale64.item(), shift64.reshape(dim).numpy(), correction64.reshape(dim).numpy())
+        row_map = _row_map(scale64, shift64, correction64)
         arrays = rows.values, rows.bfloat16, target.values, target.bfloat16
         return out, torch.tensor(_C.row_transform(*arrays, row_map, count_threads(None))[:2])
     maps = Maps(scale, shift, correction, scale64, shift64, correction64)
@@ -45,10 +45,22 @@ def _run_backward(
 ) -> Tensor:  # fmt: skip
     dim = shift.shape[-1]
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.is_cpu:
+        name = dtype_name(x.dtype)
+        rows, grad = as_rows(x.detach(), dim=dim), as_rows(grad_out.detach(), name="grad_out", dim=dim)
+        target = host_values(grad_x, name).reshape(-1, dim)
+        row_map = _row_map(scale64, shift64, correction64)
+        arrays = rows.values, rows.bfloat16, grad.values, grad.bfloat16, target
+        _C.row_transform_backward(*arrays, row_map, count_threads(None))
+        return grad_x
     maps = Maps(scale, shift, correction, scale64, shift64, correction64)
-    rows = x.reshape(-1, dim), grad_out.reshape(-1, dim), grad_x.view(-1, dim)
-    _backend(x, grad_out).row_transform_backward(*rows, maps)
+    flat = x.reshape(-1, dim), grad_out.reshape(-1, dim), grad_x.view(-1, dim)
+    _backend(x, grad_out).row_transform_backward(*flat, maps)
     return grad_x
+
+
+def _row_map(scale: Tensor, shift: Tensor, correction: Tensor) -> _C.RowMap:
+    return _C.RowMap(scale.item(), shift.flatten().numpy(), correction.flatten().numpy())
 
 
 def _backend(*rows: Tensor) -> Any:

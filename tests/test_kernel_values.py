@@ -42,6 +42,10 @@ class Cpp:
     def transform(self, rows, mapping, out, dtype):
         return _C.row_transform(rows.values, rows.bfloat16, out, dtype == "bfloat16", _C.RowMap(*mapping), 2)
 
+    def gradient(self, rows, grad, mapping, out):
+        arrays = rows.values, rows.bfloat16, grad.values, grad.bfloat16, out
+        _C.row_transform_backward(*arrays, _C.RowMap(*mapping), 2)
+
     def moments(self, rows, sums, keys=None):
         return _C.moments(rows.values, rows.bfloat16, sums, keys, 2)
 
@@ -60,6 +64,10 @@ class Triton:
         bad = _rows.new_bad_rows(torch.device("cpu"))
         row_kernels.row_transform(tensor(rows), tensor(Rows(out, dtype)), self.maps(mapping), bad)
         return _rows.read_bad_rows(bad)
+
+    def gradient(self, rows, grad, mapping, out):
+        target = tensor(Rows(out, rows.dtype))
+        row_kernels.row_transform_backward(tensor(rows), tensor(grad), target, self.maps(mapping))
 
     def moments(self, rows, sums, keys=None):
         bad = _rows.new_bad_rows(torch.device("cpu"))
@@ -207,6 +215,52 @@ def test_bad_rows_are_counted_and_become_zeros(kernels, dtype, dim):
     np.testing.assert_array_equal(sums, of_good)
     assert np.flatnonzero(keys == 0).tolist() == bad
     assert kernels.transformed_moments(rows, make_map(dim), mapped) == (1, 3, 4)
+
+
+def assert_gradients(kernels, rows, grad, mapping, slack=2e-6):
+    out = np.full(rows.values.shape, np.nan if not rows.bfloat16 else 0x7FC0, rows.values.dtype)
+    kernels.gradient(rows, grad, mapping, out)
+    wanted = reference.row_transform_backward(to_float64(rows), to_float64(grad), *mapping)
+    largest = np.abs(wanted).max(axis=1, keepdims=True, initial=0)
+    # One rounding to the dtype, some of float32 on the way; of one element, the gradient is zero.
+    rounding = {"float64": 1e-12, "float32": slack}.get(rows.dtype, 4 * kernels.tolerances[rows.dtype] + slack)
+    floor = 1e-9 if rows.values.shape[1] == 1 else 0
+    assert (np.abs(to_float64(Rows(out, rows.dtype)) - wanted) <= rounding * largest + floor).all()
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_gradients_of_every_shape(kernels, dim):
+    for count in COUNTS:
+        assert_gradients(kernels, make(count, dim), make(count, dim, seed=7), make_map(dim))
+
+
+@pytest.mark.parametrize("grad_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [3, 129])
+def test_gradients_of_every_pair_of_dtypes(kernels, dtype, grad_dtype, dim):
+    if not {dtype, grad_dtype} <= set(kernels.dtypes):
+        pytest.skip("not a dtype of these kernels")
+    assert_gradients(kernels, make(21, dim, dtype), make(21, dim, grad_dtype, seed=7), make_map(dim))
+
+
+@pytest.mark.parametrize("dim", [5, 200])
+def test_gradients_of_bad_rows_are_zero(kernels, dim):
+    rows = make(20, dim)
+    rows.values[4], rows.values[5, 3], rows.values[6, dim - 1] = 0, np.nan, -np.inf
+    assert_gradients(kernels, rows, make(20, dim, seed=7), make_map(dim))
+
+
+@pytest.mark.parametrize("exponent", [-60, -20, 20, 60])
+def test_gradients_of_any_magnitude(kernels, exponent):
+    rows = Rows(np.ldexp(make(9, 130).values, exponent), "float32")
+    assert_gradients(kernels, rows, make(9, 130, seed=7), make_map(130))
+
+
+def test_gradients_of_rows_that_the_map_takes_near_the_origin(kernels):
+    rows, grad = make(20, 130), make(20, 130, seed=7)
+    for factor in (-0.999, -0.6):
+        assert_gradients(kernels, rows, grad, (1.0, factor * to_float64(rows)[7], make_map(130)[2]))
+        assert_gradients(kernels, rows, grad, (1.0, np.zeros(130), factor * to_float64(rows)[7]))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -218,6 +218,23 @@ def test_arguments_that_do_not_fit_are_refused(instruction_set):
     ]:
         with pytest.raises(error, match=message):
             _C.row_transform(*arguments)
+    grad = np.ones_like(rows)
+    for arguments, message in [
+        ((rows, False, grad[:3], False, out, row_map, 1), "grad must have the shape of rows"),
+        ((rows, False, grad, False, out[:, :5], row_map, 1), "out must have the shape of rows"),
+        (
+            (rows, False, grad, False, out.astype(np.float64), row_map, 1),
+            "out must be writeable, contiguous and of the",
+        ),
+        (
+            (rows, False, grad, False, np.empty((6, 4), np.float32).T, row_map, 1),
+            "out must have a contiguous last axis",
+        ),
+        ((rows, False, grad, False, grad, row_map, 1), "out must overlap neither rows nor grad"),
+        ((rows, False, grad, False, out, _C.RowMap(*make_map(5)), 1), "rows must have the dimension of row_map, 5"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            _C.row_transform_backward(*arguments)
     vector = np.zeros(6)
     for arguments, error, message in [
         ((1.0, vector, np.zeros(5)), ValueError, r"correction must be contiguous of shape \(6,\)"),

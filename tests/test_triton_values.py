@@ -193,16 +193,6 @@ def assert_gradients_close(found, x, grad_out, mapping):
     assert (np.abs(found.double().numpy() - wanted) <= slack * largest + floor).all()
 
 
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("count", [1, 35])
-def test_gradients_of_rows_of_any_dimension_and_dtype(dim, dtype, count):
-    x, grad_out = 3 * make(count, dim, dtype), make(count, dim, dtype, seed=7)
-    found = gradient(x, grad_out, make_map(dim))
-    assert found.dtype == dtype
-    assert_gradients_close(found, x, grad_out, make_map(dim))
-
-
 def test_gradients_of_rows_too_long_for_registers(monkeypatch):
     monkeypatch.setattr(kernels, "MAX_BLOCK_D", 256)
     monkeypatch.setattr(kernels, "_WIDE_CHUNK_D", 256)

@@ -505,6 +505,149 @@ void row_transform_long(const RowRange& rows, const MapTable& maps, char* out_da
     write_long<In>(rows, maps.of(i), i, reinterpret_cast<Out*>(out_data + i * out_stride), scratch, bad);
 }
 
+// ---- The gradient of the map --------------------------------------------------------------------------------------
+
+// The inner products of row, shift, correction and gradient g that depend on the row.
+struct Products {
+  double x_x, x_c, x_b, x_g, c_g, b_g;
+};
+
+// grad_x = g of_g + x of_x + shift of_c + correction of_b. Through a projection z / n goes (g - p (p.g)) / n, p =
+// pi(z); the products that this needs follow from those given.
+struct GradientFactors {
+  double of_g, of_x, of_c, of_b;
+  double square1, square2;  // of both n after the first
+
+  GradientFactors(const Map& map, const Products& at) {
+    const double s = map.scale, r = 1 / __builtin_sqrt(at.x_x);
+    const double u_c = r * at.x_c, u_b = r * at.x_b, u_g = r * at.x_g;
+    square1 = s * s + 2 * s * u_c + map.shift_shift;
+    const double inverse1 = 1 / __builtin_sqrt(square1);
+    const double v_b = (s * u_b + map.shift_correction) * inverse1;
+    square2 = 1 + 2 * v_b + map.correction_correction;
+    const double inverse2 = 1 / __builtin_sqrt(square2);
+    const double u_v = (s + u_c) * inverse1, v_g = (s * u_g + at.c_g) * inverse1;
+    const double out_g = (v_g + at.b_g) * inverse2;
+    const double along_b = out_g * inverse2 * inverse2;
+    const double v_g2 = v_g * inverse2 - along_b * (1 + v_b);
+    const double u_g2 = u_g * inverse2 - along_b * (u_v + u_b);
+    const double u_g1 = (u_g2 - u_v * v_g2) * inverse1;
+    const double along_v = (along_b + v_g2) * inverse1 * inverse1;
+    of_g = s * r * inverse1 * inverse2;
+    of_x = -s * r * r * (s * along_v + u_g1);
+    of_c = -s * r * along_v;
+    of_b = -s * r * along_b * inverse1;
+  }
+};
+
+template <typename In, typename Grad>
+inline Products products_of(const In* x, const Grad* g, const Map& map, int64_t dim) {
+  F sums[2][6];  // two each, as many as the registers of AVX2 hold
+  for (int i = 0; i < 2; ++i)
+    for (int k = 0; k < 6; ++k) sums[i][k] = zero();
+  const auto add_products = [&](F* to, F row, F grad, int64_t j) {
+    const F shift = load(map.shift + j), correction = load(map.correction + j);
+    to[0] = fma(row, row, to[0]);
+    to[1] = fma(row, shift, to[1]);
+    to[2] = fma(row, correction, to[2]);
+    to[3] = fma(row, grad, to[3]);
+    to[4] = fma(grad, shift, to[4]);
+    to[5] = fma(grad, correction, to[5]);
+  };
+  int64_t j = 0;
+  for (; j + 2 * W <= dim; j += 2 * W) {
+    add_products(sums[0], load(x + j), load(g + j), j);
+    add_products(sums[1], load(x + j + W), load(g + j + W), j + W);
+  }
+  for (; j < dim; j += W) {
+    const bool whole = dim - j >= W;
+    add_products(sums[0], whole ? load(x + j) : load_first(x + j, dim - j),
+                 whole ? load(g + j) : load_first(g + j, dim - j), j);
+  }
+  double found[6];
+  for (int k = 0; k < 6; ++k) found[k] = sum_of(add(sums[0][k], sums[1][k]));
+  return {found[0], found[1], found[2], found[3], found[4], found[5]};
+}
+
+template <typename In, typename Grad>
+inline void write_gradient(const In* x, const Grad* g, const Map& map, const GradientFactors& by, int64_t dim,
+                           In* out) {
+  const F of_g = set1(float(by.of_g)), of_x = set1(float(by.of_x));
+  const F of_c = set1(float(by.of_c)), of_b = set1(float(by.of_b));
+  for (int64_t j = 0; j < dim; j += W) {
+    const int64_t count = dim - j;
+    const F row = count >= W ? load(x + j) : load_first(x + j, count);
+    const F grad = count >= W ? load(g + j) : load_first(g + j, count);
+    const F rest = fma(of_c, load(map.shift + j), mul(of_b, load(map.correction + j)));
+    const F value = fma(of_g, grad, fma(of_x, row, rest));
+    if (count >= W)
+      store(out + j, value);
+    else
+      store_first(out + j, count, value);
+  }
+}
+
+template <typename T>
+inline double element(const T* x, int64_t j) {
+  T value;
+  __builtin_memcpy(&value, x + j, sizeof value);
+  return to_double(value);
+}
+
+// In float64, of the unit row, whatever the magnitude of the row; then over its norm.
+template <typename In, typename Grad>
+inline void write_gradient_long(const In* x, const Grad* g, const Map& map, int64_t dim, In* out, double* unit) {
+  const bool good = unit_row(x, dim, unit) == kGood;
+  Products products = {1, 0, 0, 0, 0, 0};
+  double norm = 0;
+  for (int64_t j = 0; good && j < dim; ++j) {
+    const double grad = element(g, j), shift = map.shift64[j], correction = map.correction64[j];
+    norm += unit[j] * element(x, j);
+    products.x_c += unit[j] * shift;
+    products.x_b += unit[j] * correction;
+    products.x_g += unit[j] * grad;
+    products.c_g += shift * grad;
+    products.b_g += correction * grad;
+  }
+  const GradientFactors by(map, products);
+  const bool defined = good && by.square1 > 0 && by.square2 > 0;  // pi(0) = 0 has no gradient
+  for (int64_t j = 0; j < dim; ++j) {
+    double value = 0;
+    if (defined) {
+      value = by.of_g * element(g, j) + by.of_x * unit[j] + by.of_c * map.shift64[j] + by.of_b * map.correction64[j];
+      value /= norm;
+    }
+    In narrow;
+    from_double(value, &narrow);
+    __builtin_memcpy(out + j, &narrow, sizeof narrow);
+  }
+}
+
+template <typename In, typename Grad>
+void row_transform_backward(const RowRange& rows, const char* grad, int64_t grad_stride, const Map& map, char* out_data,
+                            int64_t out_stride, double* scratch) {
+  for (int64_t i = 0; i < rows.num_rows; ++i) {
+    const In* x = row_at<In>(rows, i);
+    const Grad* g = reinterpret_cast<const Grad*>(grad + i * grad_stride);
+    In* out = reinterpret_cast<In*>(out_data + i * out_stride);
+    const Products products = products_of(x, g, map, rows.dim);
+    const GradientFactors factors(map, products);
+    if (rows.dim >= kSmallestFusedDim && fits_float32(products.x_x) && factors.square1 >= kSmallestFusedSquare &&
+        factors.square2 >= kSmallestFusedSquare)
+      write_gradient(x, g, map, factors, rows.dim, out);
+    else
+      write_gradient_long(x, g, map, rows.dim, out, scratch);
+  }
+}
+
+template <typename In, typename Grad>
+void row_transform_backward_long(const RowRange& rows, const char* grad, int64_t grad_stride, const Map& map,
+                                 char* out_data, int64_t out_stride, double* scratch) {
+  for (int64_t i = 0; i < rows.num_rows; ++i)
+    write_gradient_long(row_at<In>(rows, i), reinterpret_cast<const Grad*>(grad + i * grad_stride), map, rows.dim,
+                        reinterpret_cast<In*>(out_data + i * out_stride), scratch);
+}
+
 // ---- Bad rows, and the machine's own speed --------------------------------------------------------------------------
 
 template <typename T>
@@ -561,6 +704,10 @@ void stream_copy(const char* source, char* target, int64_t size, bool nontempora
     {row_transform<Bf16, Half>, row_transform<Bf16, Bf16>, row_transform<Bf16, float>, row_transform_long<Bf16, double>},         \
     {row_transform<float, Half>, row_transform<float, Bf16>, row_transform<float, float>, row_transform_long<float, double>},     \
     {row_transform_long<double, Half>, row_transform_long<double, Bf16>, row_transform_long<double, float>, row_transform_long<double, double>}}, \
+   {{row_transform_backward<Half, Half>, row_transform_backward<Half, Bf16>, row_transform_backward<Half, float>, row_transform_backward_long<Half, double>},     \
+    {row_transform_backward<Bf16, Half>, row_transform_backward<Bf16, Bf16>, row_transform_backward<Bf16, float>, row_transform_backward_long<Bf16, double>},     \
+    {row_transform_backward<float, Half>, row_transform_backward<float, Bf16>, row_transform_backward<float, float>, row_transform_backward_long<float, double>}, \
+    {row_transform_backward_long<double, Half>, row_transform_backward_long<double, Bf16>, row_transform_backward_long<double, float>, row_transform_backward_long<double, double>}}, \
    {find_bad_rows<Half>, find_bad_rows<Bf16>, find_bad_rows<float>, find_bad_rows<double>},                          \
    stream_read,                                                                                                      \
    stream_copy}

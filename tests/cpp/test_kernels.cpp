@@ -248,7 +248,7 @@ struct Case {
   const Expected& expected;
   std::vector<int64_t> sums, mapped_sums;
   std::vector<uint64_t> keys;
-  std::vector<std::string> out[kNumDtypes];
+  std::vector<std::string> out[kNumDtypes], gradients[kNumDtypes];
 
   Block make(Layout layout) const {
     Block rows(count, dim, dtype, layout);
@@ -270,6 +270,7 @@ struct Case {
     check_bad(bad, expected.bad, at + " find_bad_rows");
 
     check_moments(&rows, scratch.get(), at + " moments", first);
+    check_gradients(&rows, view, layout, scratch.get(), at + " gradient", first);
 
     bad = BadRows();
     std::unique_ptr<int64_t[]> exact(new int64_t[size_t(dim)]());
@@ -295,6 +296,28 @@ struct Case {
     table.row_transform[dtype][dtype](rows.range(), maps, rows.data(), rows.stride(), false, scratch.get(), &bad);
     check_bad(bad, expected.bad, at + " row_transform in place");
     check_out(&rows, dtype, at + " row_transform in place", false);
+  }
+
+  // Values are compared in Python; here: the same bits in any layout, zeros for bad rows, nothing else touched.
+  void check_gradients(Block* rows, const Map& view, Layout layout, double* scratch, const std::string& at,
+                       bool first) {
+    for (int from = 0; from < kNumDtypes; ++from) {
+      Block grad(count, dim, Dtype(from), layout), result(count, dim, dtype, layout);
+      Random random(9);
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t j = 0; j < dim; ++j) encode(random.uniform(), Dtype(from), grad.at(i, j));
+      table.row_transform_backward[dtype][from](rows->range(), grad.data(), grad.stride(), view, result.data(),
+                                                result.stride(), scratch);
+      result.check_gaps();
+      for (int64_t i = 0; i < count; ++i) {
+        const std::string bits(result.at(i, 0), size_t(dim * kItemsize[dtype]));
+        if (first) gradients[from].push_back(bits);
+        CHECK(bits == gradients[from][size_t(i)], "%s by %s: row %lld depends on the layout", at.c_str(),
+              kDtypeNames[from], (long long)i);
+        for (int64_t j = 0; j < dim && !expected.good[size_t(i)]; ++j)
+          CHECK(decode(result.at(i, j), dtype) == 0, "%s: bad row %lld", at.c_str(), (long long)i);
+      }
+    }
   }
 
   void check_moments(Block* rows, double* scratch, const std::string& at, bool first) {
@@ -361,7 +384,7 @@ void test_table(const KernelTable& table) {
             project(&first_row);
             const TestMap map = make_map(dim, MapKind(kind), first_row);
             const Expected expected = expected_of(&rows, count, dim, dtype, map);
-            Case one{table, dtype, count, dim, Contents(contents), values, map, expected, {}, {}, {}, {}};
+            Case one{table, dtype, count, dim, Contents(contents), values, map, expected, {}, {}, {}, {}, {}};
             bool first = true;
             for (const Layout& layout : kLayouts) {
               one.run(layout, first);
