@@ -15,6 +15,7 @@ from realign_fast import _C
 from realign_fast._dtypes import empty
 from realign_fast.alignment import fit
 from realign_fast.benchmark import interleave, kernel_cases, machine, rows_of, summarise
+from realign_fast.nn import ReAlign
 
 ROW_TRANSFORM_GOALS = {
     "float32": {"avx512": 1.15, "avx2": 0.9, "baseline": 0.4},
@@ -109,12 +110,12 @@ def many_domains(count: int, rounds: int) -> list[dict]:
     return lines
 
 
-def small(rounds: int) -> list[dict]:
+def setting():
+    """Return an alignment, rows of unit length, and the map as plain torch would write it."""
     rng = np.random.default_rng(0)
     normalize = torch.nn.functional.normalize
     text, image = (normalize(torch.from_numpy(rng.normal(m, 1, (2000, 768)).astype(np.float32))) for m in (0.1, -0.1))
     alignment = fit(text, image)
-    x = text[:256].contiguous()
     scale, shift, correction = (
         alignment.scale,
         *(torch.tensor(v, dtype=torch.float32) for v in (alignment.shift, alignment.correction)),
@@ -123,6 +124,35 @@ def small(rounds: int) -> list[dict]:
     def folded(x):  # the rows are unit rows: two normalisations are all it takes
         return normalize(normalize(scale * x + shift) + correction)
 
+    return alignment, text, folded
+
+
+def gradients(rounds: int) -> list[dict]:
+    alignment, text, folded = setting()
+    # Few enough rows for memory that is used again: fresh pages would cost all of them more than the arithmetic.
+    x, grad_out = text.clone().requires_grad_(), text.flip(0)
+    layer, compiled = ReAlign(alignment), torch.compile(folded)
+    maps = {"layer": layer, "eager torch": folded, "torch.compile": compiled}
+    cases = {name: lambda m=m: torch.autograd.grad(m(x), x, grad_out) for name, m in maps.items()}
+    found = {name: summarise(times) for name, times in interleave(cases, rounds * 3, calls=40).items()}
+    mine = found["layer"]
+    return [
+        row(
+            f"nn.ReAlign and its gradient, {len(x):,} x 768 float32",
+            mine["median_s"] * 1e3,
+            peer,
+            found[peer]["median_s"] / mine["median_s"],
+            "none",
+            mine["spread"],
+            "ms",
+        )
+        for peer in ("eager torch", "torch.compile")
+    ]
+
+
+def small(rounds: int) -> list[dict]:
+    alignment, text, folded = setting()
+    x = text[:256].contiguous()
     compiled = torch.compile(folded)
     torch.testing.assert_close(alignment.transform(x), folded(x), rtol=0, atol=1e-6)
     array = x.numpy()
@@ -151,5 +181,5 @@ def small(rounds: int) -> list[dict]:
 if __name__ == "__main__":
     options = arguments(__doc__).parse_args()
     count, rounds = (20_000, 3) if options.quick else (1_000_000, 9)
-    lines = large(count, rounds) + many_domains(count, rounds) + small(rounds)
+    lines = large(count, rounds) + many_domains(count, rounds) + gradients(rounds) + small(rounds)
     report(lines, options.json, machine(), num_rows=count, rounds=rounds)
