@@ -27,16 +27,13 @@ def _run(
     dim = shift.shape[-1]
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if x.is_cpu:
-        rows, target = (
-            as_rows(x, dim=dim),
-            Rows(host_values(out, dtype_name(dtype)).reshape(-1, dim), dtype_name(dtype)),
-        )
-        row_map = _row_map(scale64, shift64, correction64)
+        rows, target = as_rows(x, dim=dim), _own_rows(out, dim)
         arrays = rows.values, rows.bfloat16, target.values, target.bfloat16
+        row_map = _row_map(scale64, shift64, correction64)
         return out, torch.tensor(_C.row_transform(*arrays, row_map, count_threads(None))[:2])
     maps = Maps(scale, shift, correction, scale64, shift64, correction64)
     counts = _backend(x, out).row_transform(x.reshape(-1, dim), out.view(-1, dim), maps, None)
-    return out, counts[:2].clone()
+    return out, counts[:2]
 
 
 def _run_backward(
@@ -46,17 +43,20 @@ def _run_backward(
     dim = shift.shape[-1]
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.is_cpu:
-        name = dtype_name(x.dtype)
         rows, grad = as_rows(x.detach(), dim=dim), as_rows(grad_out.detach(), name="grad_out", dim=dim)
-        target = host_values(grad_x, name).reshape(-1, dim)
-        row_map = _row_map(scale64, shift64, correction64)
-        arrays = rows.values, rows.bfloat16, grad.values, grad.bfloat16, target
-        _C.row_transform_backward(*arrays, row_map, count_threads(None))
+        arrays = rows.values, rows.bfloat16, grad.values, grad.bfloat16, _own_rows(grad_x, dim).values
+        _C.row_transform_backward(*arrays, _row_map(scale64, shift64, correction64), count_threads(None))
         return grad_x
     maps = Maps(scale, shift, correction, scale64, shift64, correction64)
     flat = x.reshape(-1, dim), grad_out.reshape(-1, dim), grad_x.view(-1, dim)
     _backend(x, grad_out).row_transform_backward(*flat, maps)
     return grad_x
+
+
+def _own_rows(x: Tensor, dim: int) -> Rows:
+    """Return a contiguous CPU tensor, one to write to, as rows."""
+    name = dtype_name(x.dtype)
+    return Rows(host_values(x, name).reshape(-1, dim), name)
 
 
 def _row_map(scale: Tensor, shift: Tensor, correction: Tensor) -> _C.RowMap:
