@@ -82,6 +82,6 @@ def read_bad_rows(counts: torch.Tensor) -> tuple[int, int, int]:
     return num_zero, num_nonfinite, _FAR_ROW - first if first else -1
 
 
-def on_device_of(x: torch.Tensor) -> AbstractContextManager[object]:
-    """Return a context in which kernels are launched on the device of `x` and its current stream."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which kernels are launched on that device and its current stream."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

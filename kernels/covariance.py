@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._rows import count_bad, inverse_norm, is_plain, on_device_of, square64
+from ._rows import count_bad, inverse_norm, is_plain, on_device, square64
 from ._tiles import Tile, dot_precision, halves, plan_tile
 from ._tuning import MAX_BLOCK_D, ON_HIP, Plan, compile_options, count_processors, plan_rows
 
@@ -222,7 +222,7 @@ def covariance(
     plan = plan_covariance(num_rows, dim, x.device, precision)
     workspace = torch.empty((plan.chunk_rows, plan.width), dtype=plan.dtype, device=x.device)
     block_m, block_n, block_k, num_warps, num_stages = plan.tile
-    with on_device_of(x):
+    with on_device(x.device):
         for part in x.split(plan.chunk_rows):
             num_steps = triton.cdiv(len(part), block_k)
             _centre(part, pilot, workspace[: num_steps * block_k], bad_rows, first_row)

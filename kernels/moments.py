@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._rows import count_bad, inverse_norm, is_plain, new_bad_rows, on_device_of, square64, to_fixed
+from ._rows import count_bad, inverse_norm, is_plain, new_bad_rows, on_device, square64, to_fixed
 from ._tuning import MAX_BLOCK_D, Plan, compile_options, plan_rows
 from .row_transform import SMALLEST_FUSED_DIM, Maps, map_rows, map_rows_long, row_transform
 
@@ -173,7 +173,7 @@ def moments(
         _sum_rows(x, sums, None, bad_rows, first_row, keys, plan)
         return
     factors = torch.empty(num_rows, dtype=torch.float64, device=x.device)
-    with on_device_of(x):
+    with on_device(x.device):
         _factors_kernel[(triton.cdiv(num_rows, _MAX_BLOCK_N),)](
             x, factors, keys, bad_rows, num_rows, dim, x.stride(0), first_row, HAS_KEYS=keys is not None,
             BLOCK_N=_MAX_BLOCK_N, CHUNK_D=plan.chunk_d, **compile_options(plan.num_warps),
@@ -209,7 +209,7 @@ def _sum_rows(
     plan: Plan,
 ) -> None:
     num_rows, dim = x.shape
-    with on_device_of(x):
+    with on_device(x.device):
         _moments_kernel[(plan.num_programs,)](
             x, sums, keys, *(maps or [None] * len(Maps._fields)), bad_rows, num_rows, dim, x.stride(0), first_row,
             HAS_KEYS=keys is not None, MAPPED=maps is not None, FUSED=dim >= SMALLEST_FUSED_DIM,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ._maps import Maps
-from ._rows import count_bad, inverse_norm, is_good, is_plain, on_device_of, square64, to_fixed
+from ._rows import count_bad, inverse_norm, is_good, is_plain, on_device, square64, to_fixed
 from ._tuning import MAX_BLOCK_D, Plan, compile_options, plan_rows
 
 # For squared norms below this, and for fewer columns, the float32 form loses digits.
@@ -322,7 +322,7 @@ def row_transform(
         return
     plan = plan_rows(num_rows, dim, x.device)
     kernel = _row_transform_kernel if dim <= MAX_BLOCK_D else _row_transform_wide_kernel
-    with on_device_of(x):
+    with on_device(x.device):
         kernel[(plan.num_programs,)](
             x, out, x if domain is None else domain, *maps, bad_rows, num_rows, dim, x.stride(0), out.stride(0),
             HAS_DOMAIN=domain is not None, FUSED=dim >= SMALLEST_FUSED_DIM,
@@ -351,7 +351,7 @@ def row_transform_backward(x: torch.Tensor, grad_out: torch.Tensor, grad_x: torc
         return
     plan = plan_backward(num_rows, dim, x.device)
     sizes = num_rows, dim, x.stride(0), grad_out.stride(0), grad_x.stride(0)
-    with on_device_of(x):
+    with on_device(x.device):
         if dim <= MAX_BLOCK_D:
             _row_transform_backward_kernel[(plan.num_programs,)](
                 x, grad_out, grad_x, *maps, *sizes,

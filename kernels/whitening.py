@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._rows import count_bad, inverse_norm, is_good, is_plain, on_device_of, square64
+from ._rows import count_bad, inverse_norm, is_good, is_plain, on_device, square64
 from ._tiles import Tile, dot_precision, halves, plan_tile
 from ._tuning import ON_HIP, compile_options
 
@@ -180,7 +180,7 @@ def whiten(
     if num_rows == 0:
         return
     block_m, block_n, block_k, num_warps, num_stages = plan_whitening(num_rows, dim_out, x.device, x.dtype, precision)
-    with on_device_of(x):
+    with on_device(x.device):
         _whiten_kernel[(triton.cdiv(num_rows, block_m) * triton.cdiv(dim_out, block_n),)](
             x, weights.weight, weights.offset, out, bad_rows, weights.scale,
             num_rows, dim, dim_out, x.stride(0), out.stride(0),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,12 @@ from ._dtypes import Rows
 from ._errors import BadRowsError
 from ._progress import progress as show_progress
 from ._reader import Reader, take_rows
-from ._rows import host_values
+from ._rows import dtype_name, host_values
 from ._sample import Sample
 from ._triton_rows import Accumulator, read_bad_rows, row_transform
 from .backends import count_threads
 from .io.sources import MemorySource, Source
+from .kernels._rows import on_device
 from .methods import Parameters, ParametersTable
 from .moments import Moments
 
@@ -72,10 +73,10 @@ class Slot:
         """Copy rows of these numbers to `out`, `(m, dim)` in `storage(dtype)`."""
         if "rows" in self._buffers:
             host, _ = self.buffers("rows", tuple(self.rows.shape), self.rows.dtype)
-            take_rows(host_values(host, _name(self.rows)), numbers, out)
+            take_rows(host_values(host, dtype_name(self.rows.dtype)), numbers, out)
         else:
             chosen = self.rows[torch.from_numpy(numbers).to(self._device)]
-            out[:] = host_values(chosen.cpu(), _name(self.rows))
+            out[:] = host_values(chosen.cpu(), dtype_name(self.rows.dtype))
 
 
 class Feed:
@@ -151,7 +152,7 @@ class DeviceReader(Reader):
         return self._read(source, lambda accumulator, slot: accumulator.add_transformed(slot.rows, maps))
 
     def _read(self, source: Source, add: Callable[[Accumulator, Slot], None]) -> Moments:
-        with _on(self._device):
+        with on_device(self._device):
             accumulator = Accumulator(source.dim, self._device)
             firsts, places = [], []
             total = self._num_rows(source)
@@ -197,7 +198,7 @@ class DeviceTransform:
 
     def __init__(self, maps: ParametersTable, device: Any, num_threads: int | None) -> None:
         self._device = torch.device(device)
-        with _on(self._device):
+        with on_device(self._device):
             self._maps = maps.on(self._device)
             self._feed = Feed(self._device, num_threads)
 
@@ -212,7 +213,7 @@ class DeviceTransform:
             copy_rows(host_values(mapped, out.dtype), out.values[slot.start : slot.start + len(mapped)], num_threads)
             found.append((slot.start, read_bad_rows(counts)))
 
-        with _on(self._device):
+        with on_device(self._device):
             for slot in self._feed.slots(_pieces(rows)):
                 host, mapped = slot.buffers("mapped", tuple(slot.rows.shape), getattr(torch, out.dtype))
                 host_counts, _ = slot.buffers("counts", (3,), torch.int64)
@@ -232,14 +233,6 @@ def _pieces(rows: Rows) -> Iterator[tuple[Rows, str, int]]:
     step = max(1, _PIECE_BYTES // (rows.values.shape[1] * rows.values.itemsize))
     for start in range(0, len(rows.values), step):
         yield Rows(rows.values[start : start + step], rows.dtype), "", start
-
-
-def _name(rows: torch.Tensor) -> str:
-    return str(rows.dtype).removeprefix("torch.")
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _module(device: torch.device) -> Any:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ._errors import BadRowsError
 from ._progress import progress as show_progress
 from ._sample import Sample
-from .backends import choose, find_device
+from .backends import check_has_kernels, choose, find_device
 from .io.sources import Batch, Source
 from .methods import Parameters
 from .moments import Moments, OnBadRows, check_on_bad_rows
@@ -118,8 +118,7 @@ def reader_for(backend: str, sources: tuple[Source, ...], *arguments: Any, **opt
     ValueError
         If a backend asked for by name cannot run.
     """
-    if backend == "torch":
-        raise ValueError("backend must be one of auto, cpu, triton for a fit, got 'torch'")
+    check_has_kernels(backend, "a fit")
     devices = {source.device for source in sources if source.device is not None}
     if len(devices) > 1:
         raise ValueError(f"text and image must be on one device, got {' and '.join(sorted(map(str, devices)))}")

@@ -22,7 +22,7 @@ from ._progress import progress as show_progress
 from ._reader import Reader, reader_for
 from ._sample import Sample
 from ._transform import raise_if_bad, transform_by, transform_rows
-from .backends import choose, find_device
+from .backends import check_has_kernels, choose, find_device
 from .io.sources import Batch, Source, count_rows, file_paths, open_source
 from .methods import Method, Parameters, ParametersTable, Solution, check_sets, get_method
 from .moments import Moments, OnBadRows, check_on_bad_rows
@@ -409,6 +409,7 @@ def fit_from_moments(
     """
     solver = get_method(method, options)
     check_on_bad_rows(on_bad_rows)
+    check_has_kernels(backend, "a fit")  # also where nothing will be read
     check_sets(text_moments, image_moments)
     sample = Sample(text_moments.dim, "float32", None)
     fingerprints = {}
@@ -514,8 +515,7 @@ def apply_files(
 
 
 def _map_for(maps: ParametersTable, backend: str) -> Callable[[Rows, Rows, int], tuple[int, int, int]]:
-    if backend not in ("auto", "cpu", "triton"):
-        raise ValueError(f"backend must be one of auto, cpu, triton for files, got {backend!r}")
+    check_has_kernels(backend, "files")
     if backend != "triton":
         return partial(transform_rows, maps, None)
     device = find_device()

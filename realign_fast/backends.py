@@ -8,7 +8,8 @@ from collections.abc import Collection
 from functools import cache
 from importlib.util import find_spec
 
-BACKENDS = ("auto", "cpu", "triton", "torch")
+_WITH_KERNELS = ("auto", "cpu", "triton")
+BACKENDS = (*_WITH_KERNELS, "torch")
 # Older GPUs lack bfloat16 arithmetic and asynchronous copies, and Triton no longer tests them.
 _LEAST_CAPABILITY = (8, 0)
 
@@ -43,6 +44,12 @@ def choose(requested: str, device: str, dtypes: Collection[str] = ()) -> str:
     if requested == "triton" and (reason := _against_triton(device, dtypes)):
         raise ValueError(f"backend 'triton' {reason}")
     return requested
+
+
+def check_has_kernels(requested: str, job: str) -> None:
+    """Raise ValueError unless `requested` is "auto", "cpu" or "triton": plain torch does not do this `job`."""
+    if requested not in _WITH_KERNELS:
+        raise ValueError(f"backend must be one of {', '.join(_WITH_KERNELS)} for {job}, got {requested!r}")
 
 
 def find_device() -> str:

@@ -12,7 +12,7 @@ from . import _C, _files
 from ._dtypes import Rows
 from ._errors import BadRowsError
 from ._rows import as_rows, dtype_name, is_tensor, refuse_gradients
-from .backends import choose, count_threads
+from .backends import check_has_kernels, choose, count_threads
 
 if TYPE_CHECKING:
     from ._triton_rows import Accumulator
@@ -105,8 +105,7 @@ class Moments:
         TypeError, ValueError
             If `batch` has another dtype or dimension, or the backend cannot run where it lies.
         """
-        if backend == "torch":
-            raise ValueError("backend must be one of auto, cpu, triton for moments, got 'torch'")
+        check_has_kernels(backend, "moments")
         device = str(batch.device) if is_tensor(batch) and not batch.is_cpu else "cpu"
         if choose(backend, device, (dtype_name(batch.dtype),) if is_tensor(batch) else ()) == "triton":
             self._update_on_gpu(batch, on_bad_rows)

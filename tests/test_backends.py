@@ -78,6 +78,13 @@ class FakeSource:
         self.device = device
 
 
+def test_a_backend_is_checked_also_where_no_row_is_read():
+    rows = np.random.default_rng(0).normal(size=(30, 8))
+    moments = [rf.Moments(8).update(each) for each in (rows, rows + 1)]
+    with pytest.raises(ValueError, match="backend must be one of auto, cpu, triton for a fit, got 'gpu'"):
+        rf.fit_from_moments(*moments, method="anchor", backend="gpu")
+
+
 def test_sets_on_two_devices_are_refused():
     with pytest.raises(ValueError, match="text and image must be on one device, got cuda:0 and cuda:1"):
         reader_for("auto", (FakeSource("cuda:0"), FakeSource("cuda:1")), "raise")
