@@ -7,7 +7,6 @@
 #include <cmath>
 #include <cstdio>
 #include <system_error>
-#include <tuple>
 
 #include "dispatch.h"
 #include "file_read.h"
@@ -122,21 +121,29 @@ std::pair<const char*, const char*> extent_of(const Rows& rows) {
   return {std::min(range.data, last), std::max(range.data, last) + range.dim * kItemsize[rows.dtype]};
 }
 
+bool overlap(const Rows& a, const Rows& b) {
+  const auto [a_begin, a_end] = extent_of(a);
+  const auto [b_begin, b_end] = extent_of(b);
+  return a_begin < b_end && b_begin < a_end;
+}
+
+void check_shape(const py::array& array, const char* name, const py::array& rows) {
+  if (array.shape(0) != rows.shape(0) || array.shape(1) != rows.shape(1))
+    throw py::value_error(std::string(name) + " must have the shape of rows, " + shape_of(rows) + ", got " +
+                          shape_of(array));
+}
+
 py::tuple transform_into(const py::array& array, bool bfloat16, const py::array& out_array, bool out_bfloat16,
                          const std::vector<const RowMap*>& maps, const int64_t* domain, int num_threads) {
   const Rows rows = rows_of(array, bfloat16, "rows");
   const Rows out = rows_of(out_array, out_bfloat16, "out");
   if (!out_array.writeable()) throw py::value_error("out must be writeable");
-  if (out.range.num_rows != rows.range.num_rows || out.range.dim != rows.range.dim)
-    throw py::value_error("out must have the shape of rows, " + shape_of(array) + ", got " + shape_of(out_array));
+  check_shape(out_array, "out", array);
   if (out.range.num_rows > 1 && std::abs(out.range.stride) < out.range.dim * kItemsize[out.dtype])
     throw py::value_error("out must not have rows that overlap");
   const bool in_place = out.range.data == rows.range.data && out.range.stride == rows.range.stride &&
                         kItemsize[out.dtype] == kItemsize[rows.dtype];
-  const auto [rows_begin, rows_end] = extent_of(rows);
-  const auto [out_begin, out_end] = extent_of(out);
-  if (!in_place && rows_begin < out_end && out_begin < rows_end)
-    throw py::value_error("out must be rows themselves or not overlap them");
+  if (!in_place && overlap(rows, out)) throw py::value_error("out must be rows themselves or not overlap them");
   for (const RowMap* map : maps) check_dim(*map, array);
   BadRows bad;
   {
@@ -170,18 +177,11 @@ void py_row_transform_backward(const py::array& array, bool bfloat16, const py::
   const Rows grad = rows_of(grad_array, grad_bfloat16, "grad");
   const Rows out = rows_of(out_array, bfloat16, "out");
   check_dim(map, array);
-  for (const auto& [other, other_array, name] :
-       {std::make_tuple(&grad, &grad_array, "grad"), std::make_tuple(&out, &out_array, "out")})
-    if (other->range.num_rows != rows.range.num_rows || other->range.dim != rows.range.dim)
-      throw py::value_error(std::string(name) + " must have the shape of rows, " + shape_of(array) + ", got " +
-                            shape_of(*other_array));
+  check_shape(grad_array, "grad", array);
+  check_shape(out_array, "out", array);
   if (out.dtype != rows.dtype || !out_array.writeable() || !(out_array.flags() & py::array::c_style))
     throw py::value_error("out must be writeable, contiguous and of the dtype of rows");
-  const auto [out_begin, out_end] = extent_of(out);
-  for (const Rows* read : {&rows, &grad}) {
-    const auto [begin, end] = extent_of(*read);
-    if (begin < out_end && out_begin < end) throw py::value_error("out must overlap neither rows nor grad");
-  }
+  if (overlap(rows, out) || overlap(grad, out)) throw py::value_error("out must overlap neither rows nor grad");
   const int threads = threads_of(num_threads);
   py::gil_scoped_release release;
   row_transform_backward(rows, grad, map, const_cast<char*>(out.range.data), out.range.stride, threads);
