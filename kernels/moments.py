@@ -67,9 +67,7 @@ def _moments_kernel(
         if HAS_KEYS:
             key = _key_part(loaded, odds)
         if MAPPED:
-            unit, plain = map_rows(x, scale, shift, correction)
-            if not FUSED:
-                plain = plain & False
+            unit, plain = map_rows(x, scale, shift, correction, FUSED)
         else:
             square = tl.sum(x * x, axis=1, keep_dims=True)
             plain = is_plain(square)

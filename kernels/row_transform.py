@@ -23,15 +23,36 @@ _WIDE_CHUNK_D, _WIDE_WARPS = 512, 2
 
 
 @triton.jit
-def map_rows(x, scale, shift, correction):
+def _is_fused(square, square1, square2, FUSED: tl.constexpr):
+    """Whether the float32 form serves rows of these squared norms: of the row, and before both projections after it."""
+    plain = is_plain(square) & (square1 >= _SMALLEST_FUSED_SQUARE) & (square2 >= _SMALLEST_FUSED_SQUARE)
+    return plain & FUSED
+
+
+@triton.jit
+def map_rows(x, scale, shift, correction, FUSED: tl.constexpr):
     """Map a tile of whole rows in float32; return it and which of its rows that serves."""
     square = tl.sum(x * x, axis=1, keep_dims=True)
     e = x * (scale * inverse_norm(square)) + shift
     square1 = tl.sum(e * e, axis=1, keep_dims=True)
     e = e * inverse_norm(square1) + correction
     square2 = tl.sum(e * e, axis=1, keep_dims=True)
-    plain = is_plain(square) & (square1 >= _SMALLEST_FUSED_SQUARE) & (square2 >= _SMALLEST_FUSED_SQUARE)
-    return e * inverse_norm(square2), plain
+    return e * inverse_norm(square2), _is_fused(square, square1, square2, FUSED)
+
+
+@triton.jit
+def _norms(s, x_x, x_c, x_b, c_c, c_b, b_b):
+    """From inner products of row, shift and correction: 1 / ||x||, v . b, and both later norms, squared and inverse.
+
+    For `u = x / ||x||`, `v = pi(s u + c)`, `out = pi(v + b)`.
+    """
+    r = inverse_norm(x_x)
+    square1 = s * s + 2 * s * r * x_c + c_c
+    inverse1 = inverse_norm(tl.where(square1 > 0, square1, 0))
+    v_b = (s * r * x_b + c_b) * inverse1
+    square2 = 1 + 2 * v_b + b_b
+    inverse2 = inverse_norm(tl.where(square2 > 0, square2, 0))
+    return r, v_b, square1, inverse1, square2, inverse2
 
 
 @triton.jit
@@ -103,9 +124,7 @@ def _row_transform_kernel(
             shift = tl.load(shift_ptr + maps * dim + cols, mask=mask, other=0)
             correction = tl.load(correction_ptr + maps * dim + cols, mask=mask, other=0)
         x = tl.load(x_ptr + rows * stride_xn + cols, mask=mask, other=0).to(tl.float32)
-        out, plain = map_rows(x, scale, shift, correction)
-        if not FUSED:
-            plain = plain & False
+        out, plain = map_rows(x, scale, shift, correction, FUSED)
         tl.store(out_ptr + rows * stride_on + cols, out.to(out_ptr.dtype.element_ty), mask=mask & plain)
         wanted = row_mask & (plain == 0)
         if tl.max(wanted.to(tl.int32)) > 0:
@@ -150,15 +169,12 @@ def _row_transform_wide_kernel(
             b_b += correction * correction
         scale = tl.load(scale_ptr + maps)
         square = tl.sum(x_x, axis=1, keep_dims=True)
-        r = inverse_norm(square)
-        u_c = r * tl.sum(x_c, axis=1, keep_dims=True)
-        square1 = scale * scale + 2 * scale * u_c + tl.sum(c_c, axis=1, keep_dims=True)
-        plain = is_plain(square) & (square1 >= _SMALLEST_FUSED_SQUARE)
-        inverse1 = inverse_norm(tl.where(plain, square1, 0))
-        v_b = (scale * r * tl.sum(x_b, axis=1, keep_dims=True) + tl.sum(c_b, axis=1, keep_dims=True)) * inverse1
-        square2 = 1 + 2 * v_b + tl.sum(b_b, axis=1, keep_dims=True)
-        plain = plain & (square2 >= _SMALLEST_FUSED_SQUARE)
-        inverse2 = inverse_norm(tl.where(plain, square2, 0))
+        r, _, square1, inverse1, square2, inverse2 = _norms(
+            scale, square, tl.sum(x_c, axis=1, keep_dims=True), tl.sum(x_b, axis=1, keep_dims=True),
+            tl.sum(c_c, axis=1, keep_dims=True), tl.sum(c_b, axis=1, keep_dims=True),
+            tl.sum(b_b, axis=1, keep_dims=True),
+        )  # fmt: skip
+        plain = _is_fused(square, square1, square2, FUSED)
         factor = scale * r * inverse1 * inverse2
         for start in range(0, dim, BLOCK_D):
             cols = start + columns
@@ -183,13 +199,8 @@ def _gradient_factors(s, x_x, x_c, x_b, x_g, c_c, c_b, b_b, c_g, b_g):
     For `u = r x`, `v = pi(s u + c)`, `out = pi(v + b)`: each projection `z / n` has the gradient `(g - p (p . g)) / n`
     with `p = pi(z)`, and the products that it needs follow from those given. Also the squares of both `n`.
     """
-    r = inverse_norm(x_x)
+    r, v_b, square1, inverse1, square2, inverse2 = _norms(s, x_x, x_c, x_b, c_c, c_b, b_b)
     u_c, u_b, u_g = r * x_c, r * x_b, r * x_g
-    square1 = s * s + 2 * s * u_c + c_c
-    inverse1 = inverse_norm(tl.where(square1 > 0, square1, 0))
-    v_b = (s * u_b + c_b) * inverse1
-    square2 = 1 + 2 * v_b + b_b
-    inverse2 = inverse_norm(tl.where(square2 > 0, square2, 0))
     u_v = (s + u_c) * inverse1
     v_g = (s * u_g + c_g) * inverse1
     out_g = (v_g + b_g) * inverse2
@@ -274,9 +285,7 @@ def _row_transform_backward_kernel(
             tl.sum(g * correction, axis=1, keep_dims=True),
         )  # fmt: skip
         grad = of_g * g + of_x * x + of_c * shift + of_b * correction
-        plain = is_plain(x_x) & (square1 >= _SMALLEST_FUSED_SQUARE) & (square2 >= _SMALLEST_FUSED_SQUARE)
-        if not FUSED:
-            plain = plain & False
+        plain = _is_fused(x_x, square1, square2, FUSED)
         to_rows = grad_x_ptr + rows * stride_dn
         tl.store(to_rows + cols, grad.to(grad_x_ptr.dtype.element_ty), mask=mask & plain)
         wanted = row_mask & (plain == 0)
