@@ -84,6 +84,11 @@ def compile_options(num_warps: int, num_stages: int | None = None, *, hip: bool 
     return options
 
 
+def warps_of_chunk(chunk_d: int, *, hip: bool = ON_HIP) -> int:
+    """Return how many warps read so many columns at a time: of half-precision rows, each thread 16 bytes."""
+    return max(1, chunk_d // (8 * (64 if hip else 32)))
+
+
 def count_processors(device: torch.device) -> int:
     """Return the multiprocessors of a GPU, and 1 for the interpreter's CPU tensors."""
     return 1 if device.type == "cpu" else _count_processors(device.index or 0)

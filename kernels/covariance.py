@@ -18,7 +18,7 @@ import triton.language as tl
 
 from ._rows import count_bad, inverse_norm, is_plain, on_device, square64
 from ._tiles import Tile, dot_precision, halves, plan_tile
-from ._tuning import MAX_BLOCK_D, ON_HIP, Plan, compile_options, count_processors, plan_rows
+from ._tuning import MAX_BLOCK_D, ON_HIP, Plan, compile_options, count_processors, plan_rows, warps_of_chunk
 
 # About half of the cache of an A100, H100 or H200: the rest is for the rows on their way and for the result.
 _WORKSPACE_BYTES = 24 << 20
@@ -241,11 +241,14 @@ def _centre(
     num_stored, width = centred.shape
     plan = plan_centring(num_stored, dim, x.device)
     sizes = num_rows, num_stored, dim, width, x.stride(0), first_row
-    options = compile_options(plan.num_warps)
     if dim <= MAX_BLOCK_D:
         _centre_kernel[(plan.num_programs,)](
             x, pilot, centred, bad_rows, *sizes,
-            BLOCK_N=plan.block_n, BLOCK_D=plan.block_d, CHUNK_D=plan.chunk_d, **options,
+            BLOCK_N=plan.block_n, BLOCK_D=plan.block_d, CHUNK_D=plan.chunk_d,
+            **compile_options(plan.num_warps),
         )  # fmt: skip
     else:
-        _centre_wide_kernel[(plan.num_programs,)](x, pilot, centred, bad_rows, *sizes, CHUNK_D=_WIDE_CHUNK_D, **options)
+        _centre_wide_kernel[(plan.num_programs,)](
+            x, pilot, centred, bad_rows, *sizes,
+            CHUNK_D=_WIDE_CHUNK_D, **compile_options(warps_of_chunk(_WIDE_CHUNK_D)),
+        )  # fmt: skip

@@ -13,13 +13,13 @@ import triton.language as tl
 
 from ._maps import Maps
 from ._rows import count_bad, inverse_norm, is_good, is_plain, on_device, square64, to_fixed
-from ._tuning import MAX_BLOCK_D, Plan, compile_options, plan_rows
+from ._tuning import MAX_BLOCK_D, Plan, compile_options, plan_rows, warps_of_chunk
 
 # For squared norms below this, and for fewer columns, the float32 form loses digits.
 _SMALLEST_FUSED_SQUARE = tl.constexpr(0.25)
 SMALLEST_FUSED_DIM = 64
-# Nine sums in float64 for each of these columns have room in the registers, and each thread loads 16 bytes of a row.
-_WIDE_CHUNK_D, _WIDE_WARPS = 512, 2
+# Nine sums in float64 for each of these columns have room in the registers.
+_WIDE_CHUNK_D = 512
 
 
 @triton.jit
@@ -370,5 +370,5 @@ def row_transform_backward(x: torch.Tensor, grad_out: torch.Tensor, grad_x: torc
         else:
             _row_transform_backward_wide_kernel[(plan.num_programs,)](
                 x, grad_out, grad_x, *maps[3:], *sizes,
-                CHUNK_D=_WIDE_CHUNK_D, **compile_options(_WIDE_WARPS),
+                CHUNK_D=_WIDE_CHUNK_D, **compile_options(warps_of_chunk(_WIDE_CHUNK_D)),
             )  # fmt: skip

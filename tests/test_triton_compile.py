@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 if os.environ.get("TRITON_INTERPRET") != "1":
     from realign_fast.kernels import _tuning, covariance, moments, row_transform, whitening
     from realign_fast.kernels._tiles import dot_precision
-    from realign_fast.kernels._tuning import MAX_BLOCK_D, compile_options, plan_rows
+    from realign_fast.kernels._tuning import MAX_BLOCK_D, compile_options, plan_rows, warps_of_chunk
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -117,7 +117,9 @@ def backward_of(dtype, dim, target):
     if dim > MAX_BLOCK_D:
         constants = {"CHUNK_D": row_transform._WIDE_CHUNK_D}
         wide = row_transform._row_transform_backward_wide_kernel
-        return compiled(wide, types, constants, target, row_transform._WIDE_WARPS)
+        return compiled(
+            wide, types, constants, target, warps_of_chunk(constants["CHUNK_D"], hip=target.backend == "hip")
+        )
     constants = {"FUSED": True, "BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d, "CHUNK_D": plan.chunk_d}
     return compiled(row_transform._row_transform_backward_kernel, types, constants, target, plan.num_warps)
 
@@ -136,6 +138,14 @@ def test_backward(tmp_path, target, dtype, dim):
 @pytest.mark.parametrize("dim", [512, 1024, 1152, 4096, 8192, 16384])
 def test_backward_of_other_dimensions(tmp_path, dim):
     found = backward_of("bf16", dim, TARGETS[1])
+    assert_no_spills(found, tmp_path)
+    assert min(vector_accesses(found)) > 0
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
+@pytest.mark.parametrize("build", [row_transform_of, backward_of])
+def test_rows_too_long_for_registers(tmp_path, target, build):
+    found = build("bf16", 16384, target)
     assert_no_spills(found, tmp_path)
     assert min(vector_accesses(found)) > 0
 
@@ -225,12 +235,13 @@ def test_centring(tmp_path, target, dtype, stored, dim):
     assert min(vector_accesses(found)) > 0
 
 
-def test_centring_of_rows_too_long_for_registers(tmp_path):
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
+def test_centring_of_rows_too_long_for_registers(tmp_path, target):
     types = {"x_ptr": "*bf16", "pilot_ptr": "*fp64", "centred_ptr": "*bf16", "bad_ptr": "*i64"}
     types |= {"num_stored": "i32", "width": "i32", "first_row": "i64", **SIZES}
-    plan = covariance.plan_centring(4096, 2 * MAX_BLOCK_D, torch.device("cpu"))
     constants = {"CHUNK_D": covariance._WIDE_CHUNK_D}
-    found = compiled(covariance._centre_wide_kernel, types, constants, TARGETS[1], plan.num_warps)
+    num_warps = warps_of_chunk(covariance._WIDE_CHUNK_D, hip=target.backend == "hip")
+    found = compiled(covariance._centre_wide_kernel, types, constants, target, num_warps)
     assert_no_spills(found, tmp_path)
     assert min(vector_accesses(found)) > 0
 
