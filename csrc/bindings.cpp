@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <system_error>
 
+#include "covariance.h"
 #include "dispatch.h"
 #include "file_read.h"
 #include "moments.h"
@@ -60,6 +61,23 @@ T* vector_of(const py::array& array, int64_t size, const char* name, bool writea
   return static_cast<T*>(const_cast<void*>(array.data()));
 }
 
+// A C-contiguous float64 matrix of this shape.
+double* matrix_of(const py::array& array, int64_t num_rows, int64_t num_columns, const char* name, bool writeable) {
+  if (!py::isinstance<py::array_t<double>>(array)) wrong_dtype(name, "float64", array);
+  if (array.ndim() != 2 || array.shape(0) != num_rows || array.shape(1) != num_columns ||
+      !(array.flags() & py::array::c_style))
+    throw py::value_error(std::string(name) + " must be contiguous of shape (" + std::to_string(num_rows) + ", " +
+                          std::to_string(num_columns) + "), got " + shape_of(array));
+  if (writeable && !array.writeable()) throw py::value_error(std::string(name) + " must be writeable");
+  return static_cast<double*>(const_cast<void*>(array.data()));
+}
+
+uint64_t* keys_of(const py::object& keys, int64_t num_rows) {
+  if (keys.is_none()) return nullptr;
+  if (!py::isinstance<py::array>(keys)) throw py::type_error("keys must be an array of uint64 or None");
+  return vector_of<uint64_t>(py::reinterpret_borrow<py::array>(keys), num_rows, "keys", true);
+}
+
 RowMap make_map(double scale, const py::array& shift, const py::array& correction) {
   if (!std::isfinite(scale)) throw py::value_error("scale must be finite, got " + std::to_string(scale));
   if (shift.ndim() != 1) throw py::value_error("shift must have shape (dim,), got " + shape_of(shift));
@@ -85,16 +103,29 @@ py::tuple py_moments(const py::array& array, bool bfloat16, const py::array& sum
                      int num_threads) {
   const Rows rows = rows_of(array, bfloat16, "rows");
   int64_t* sum = vector_of<int64_t>(sums, rows.range.dim, "sums", true);
-  uint64_t* key = nullptr;
-  if (!keys.is_none()) {
-    if (!py::isinstance<py::array>(keys)) throw py::type_error("keys must be an array of uint64 or None");
-    key = vector_of<uint64_t>(py::reinterpret_borrow<py::array>(keys), rows.range.num_rows, "keys", true);
-  }
+  uint64_t* key = keys_of(keys, rows.range.num_rows);
   BadRows bad;
   {
     const int threads = threads_of(num_threads);
     py::gil_scoped_release release;
-    bad = moments(rows, sum, key, threads);
+    bad = moments(rows, sum, key, nullptr, threads);
+  }
+  return tuple_of(bad);
+}
+
+py::tuple py_covariance(const py::array& array, bool bfloat16, const py::array& pilot, const py::array& sums,
+                        const py::object& keys, const py::array& products, int64_t num_seen, int num_threads) {
+  const Rows rows = rows_of(array, bfloat16, "rows");
+  const int64_t dim = rows.range.dim;
+  const double* from = vector_of<double>(pilot, dim, "pilot", false);
+  int64_t* sum = vector_of<int64_t>(sums, dim, "sums", true);
+  uint64_t* key = keys_of(keys, rows.range.num_rows);
+  double* product = matrix_of(products, dim, dim, "products", true);
+  BadRows bad;
+  {
+    const int threads = threads_of(num_threads);
+    py::gil_scoped_release release;
+    bad = covariance(rows, from, sum, key, product, num_seen, threads);
   }
   return tuple_of(bad);
 }
@@ -275,6 +306,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_instruction_set", &use_table, py::arg("name"));
   m.def("moments", &py_moments, py::arg("rows").noconvert(), py::arg("bfloat16"), py::arg("sums").noconvert(),
         py::arg("keys").none(true), py::arg("num_threads"));
+  m.def("covariance", &py_covariance, py::arg("rows").noconvert(), py::arg("bfloat16"), py::arg("pilot").noconvert(),
+        py::arg("sums").noconvert(), py::arg("keys").none(true), py::arg("products").noconvert(), py::arg("num_seen"),
+        py::arg("num_threads"));
   m.def("transformed_moments", &py_transformed_moments, py::arg("rows").noconvert(), py::arg("bfloat16"),
         py::arg("row_map"), py::arg("sums").noconvert(), py::arg("num_threads"));
   m.def("row_transform", &py_row_transform, py::arg("rows").noconvert(), py::arg("bfloat16"),

@@ -6,8 +6,8 @@
 
 namespace realign {
 
-// Adds each good row, normalised, to `sums` (dim); `keys` (num_rows) may be null.
-BadRows moments(const Rows& rows, int64_t* sums, uint64_t* keys, int num_threads);
+// Adds each good row, normalised, to `sums` (dim); `keys` (num_rows) and `panels` may be null.
+BadRows moments(const Rows& rows, int64_t* sums, uint64_t* keys, const Panels* panels, int num_threads);
 
 // The same of the rows that row_transform would write.
 BadRows transformed_moments(const Rows& rows, const RowMap& map, int64_t* sums, int num_threads);

@@ -25,13 +25,14 @@ void run_parts(int num_parts, const std::function<void(int)>& work);
 // its own, the same in every call of one size, so that it finds in its cache what it left there; then it helps with the
 // others', so that no thread waits for a slower one. What one part is given, one thread does.
 template <typename Work>
-void parallel_for(int num_parts, int64_t size, int64_t unit_bytes, int64_t multiple, const Work& work) {
+void parallel_for(int num_parts, int64_t size, int64_t unit_bytes, int64_t multiple, const Work& work,
+                  int64_t pieces = 16) {
   struct alignas(64) Share {
     std::atomic<int64_t> next;
     int64_t end;
   };
   // Small enough to share a batch evenly, large enough that little of what is fetched ahead goes astray.
-  const int64_t bytes = std::clamp<int64_t>(size * unit_bytes / (16 * num_parts), 32 << 10, 4 << 20);
+  const int64_t bytes = std::clamp<int64_t>(size * unit_bytes / (pieces * num_parts), 32 << 10, 4 << 20);
   const int64_t length = num_parts == 1 ? size : (bytes / unit_bytes / multiple + 1) * multiple;
   const int64_t share = (size / num_parts / multiple + 1) * multiple;
   std::vector<Share> shares(static_cast<size_t>(num_parts));

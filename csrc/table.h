@@ -16,6 +16,9 @@ constexpr int kRowsPerBlock = 8;
 // Vectors that kernels read are followed by so many zeros, so that the last load needs no mask.
 constexpr int64_t kPadding = 32;
 
+// Side of the square tiles that a matrix is computed in; every panel width divides it.
+constexpr int64_t kTileSide = 48;
+
 struct RowRange {
   const char* data;
   int64_t stride;  // in bytes
@@ -46,9 +49,21 @@ struct BadRows {
   int64_t first = -1;  // relative to the range
 };
 
-// `scratch` holds dim doubles. `keys` and `projection` (padded) may be null together.
-using MomentsKernel = void (*)(const RowRange&, int64_t* sums, uint64_t* keys, const float* projection, double* scratch,
-                               BadRows*);
+// Where unit rows go, less a pilot, as the matrix kernels read them: in panels of `panel_width` columns, each of them
+// row after row. Element (i, j) is data[j / panel_width * stride + i * panel_width + j % panel_width]; bad rows are
+// zeros, and elements beyond dim up to the end of a vector too.
+struct Panels {
+  float* data;
+  int64_t stride;
+  const double* pilot;
+  const float* minus_pilot;  // padded
+
+  Panels from(int64_t elements) const { return {data + elements, stride, pilot, minus_pilot}; }
+};
+
+// `scratch` holds dim doubles. `keys` and `projection` (padded) may be null together, `panels` alone.
+using MomentsKernel = void (*)(const RowRange&, int64_t* sums, uint64_t* keys, const float* projection,
+                               const Panels* panels, double* scratch, BadRows*);
 using TransformedMomentsKernel = void (*)(const RowRange&, const Map&, int64_t* sums, double* scratch, BadRows*);
 using RowTransformKernel = void (*)(const RowRange&, const MapTable&, char* out, int64_t out_stride, bool nontemporal,
                                     double* scratch, BadRows*);
@@ -56,6 +71,14 @@ using RowTransformKernel = void (*)(const RowRange&, const MapTable&, char* out,
 // rows.
 using GradientKernel = void (*)(const RowRange&, const char* grad, int64_t grad_stride, const Map&, char* out,
                                 int64_t out_stride, double* scratch);
+// So many products are added up in registers, and so many in float32 altogether before they go to float64.
+struct SumLengths {
+  int64_t in_registers, in_float32;
+};
+
+// products[i][j] += sum of row[i] row[j] over rows in panels, for the i and j <= i of one tile of the result.
+using ProductsKernel = void (*)(const float* panels, int64_t stride, int64_t num_rows, SumLengths, int64_t tile_row,
+                                int64_t tile_column, int64_t dim, double* products);
 using FindBadRowsKernel = void (*)(const RowRange&, double* scratch, BadRows*);
 
 struct KernelTable {
@@ -65,6 +88,8 @@ struct KernelTable {
   RowTransformKernel row_transform[kNumDtypes][kNumDtypes];       // [in][out]
   GradientKernel row_transform_backward[kNumDtypes][kNumDtypes];  // [rows][gradient]
   FindBadRowsKernel find_bad_rows[kNumDtypes];
+  int64_t panel_width;
+  ProductsKernel products;
   uint64_t (*stream_read)(const char* data, int64_t size);
   void (*stream_copy)(const char* source, char* target, int64_t size, bool nontemporal);
 };

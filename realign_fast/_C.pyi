@@ -53,6 +53,22 @@ def moments(
     `keys` (n,), where given, receives a hash of each row's content (0 for a bad row), by which samples are chosen.
     """
 
+def covariance(
+    rows: Rows,
+    bfloat16: bool,
+    pilot: NDArray[np.float64],
+    sums: NDArray[np.int64],
+    keys: NDArray[np.uint64] | None,
+    products: NDArray[np.float64],
+    num_seen: int,
+    num_threads: int,
+) -> BadRows:
+    """As `moments`, and add `(u - pilot)(u - pilot)^T` of each good unit row `u` to the lower triangle of `products`.
+
+    `pilot` is (dim,), `products` (dim, dim). `num_seen` rows are in them already: of more rows, sums in float32 may be
+    longer. The same bits for any number of threads.
+    """
+
 def transformed_moments(
     rows: Rows,
     bfloat16: bool,

@@ -2,7 +2,8 @@
 
 Format version 1: the tensors that the kind names, little-endian, and under the metadata key `realign_fast` a JSON
 object with `format` (the version), `kind` ("alignment" or "moments"), `package` (the version that wrote it) and the
-fields of the kind. Equal contents give equal bytes.
+fields of the kind. Equal contents give equal bytes. Version 2 adds to moments the tensors `pilot` (dim,) and `products`
+(dim, dim), the lower triangle of the sum of (u - pilot)(u - pilot)^T; a file without them is written as version 1.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 
 from ._version import __version__
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _KEY = "realign_fast"
 # A dimension of a million in float64 is 40 MB; whatever is larger than this was never written by us.
 _MAX_FILE_BYTES = 1 << 30
@@ -44,20 +46,29 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def save(
-    path: str | os.PathLike[str], kind: str, tensors: Mapping[str, NDArray[Any]], fields: Mapping[str, Any]
+    path: str | os.PathLike[str],
+    kind: str,
+    tensors: Mapping[str, NDArray[Any]],
+    fields: Mapping[str, Any],
+    *,
+    version: int = 1,
 ) -> None:
-    """Write a file of `kind`, whole or not at all."""
+    """Write a file of `kind`, whole or not at all; `version` is the oldest of the format that can hold it."""
     from safetensors.numpy import save as to_bytes
 
-    header = {"format": FORMAT_VERSION, "kind": kind, "package": __version__, **fields}
+    header = {"format": version, "kind": kind, "package": __version__, **fields}
     data = to_bytes(dict(tensors), metadata={_KEY: json.dumps(header, allow_nan=False)})
     write_atomically(Path(path), data)
 
 
 def load(
-    path: str | os.PathLike[str], kind: str, shapes: Mapping[str, tuple[np.dtype[Any], int]]
+    path: str | os.PathLike[str],
+    kind: str,
+    shapes: Mapping[str, tuple[np.dtype[Any], int]],
+    *,
+    optional: Mapping[str, tuple[np.dtype[Any], int]] = MappingProxyType({}),
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Read a file of `kind`; `shapes` gives dtype and number of axes of each tensor it must hold.
+    """Read a file of `kind`; `shapes` gives dtype and number of axes of each tensor it must hold, and may hold.
 
     Raises
     ------
@@ -69,9 +80,11 @@ def load(
     tensors, fields = _read(path)
     if fields.get("kind") != kind:
         raise ValueError(f"{path} holds {fields.get('kind')!r}, expected {kind!r}")
-    for name, (dtype, ndim) in shapes.items():
+    for name, (dtype, ndim) in (*shapes.items(), *optional.items()):
         found = tensors.get(name)
         if found is None:
+            if name in optional:
+                continue
             raise ValueError(f"{path}: tensor {name!r} is missing")
         if found.dtype != dtype or found.ndim != ndim:
             raise ValueError(

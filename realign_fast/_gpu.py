@@ -23,7 +23,7 @@ from .backends import count_threads
 from .io.sources import MemorySource, Source
 from .kernels._rows import on_device
 from .methods import Parameters, ParametersTable
-from .moments import Moments
+from .moments import Moments, Precision
 
 _DEPTH = 3  # batches in flight
 _PIECE_BYTES = 4 << 20  # of host memory at a time: copies of less would wait for each other
@@ -119,11 +119,12 @@ class DeviceReader(Reader):
         super().__init__(*arguments, **options)
         self._device = torch.device(device)
 
-    def moments(self, source: Source) -> Moments:
-        """Return the moments of all rows."""
-        return self._read(source, lambda accumulator, slot: accumulator.add(slot.rows))
+    def moments(self, source: Source, covariance: bool = False, precision: Precision = "high") -> Moments:
+        """Return the moments of all rows, with their covariance where asked for."""
+        moments = Moments(source.dim, covariance, precision)
+        return self._read(source, moments, lambda accumulator, slot: accumulator.add(slot.rows))
 
-    def moments_and_sample(self, source: Source) -> tuple[Moments, Sample]:
+    def moments_and_sample(self, source: Source, covariance: bool = False) -> tuple[Moments, Sample]:
         """Return the moments of all rows, and some of them, chosen by their content."""
         sample = self._new_sample(source)
         waiting: list[tuple[Slot, torch.Tensor]] = []
@@ -141,7 +142,7 @@ class DeviceReader(Reader):
                 look()
             waiting.append((slot, host))
 
-        moments = self._read(source, add)
+        moments = self._read(source, Moments(source.dim, covariance), add)
         if waiting:
             look()
         return moments, sample
@@ -149,11 +150,12 @@ class DeviceReader(Reader):
     def transformed_moments(self, source: Source, parameters: Parameters) -> Moments:
         """Return the moments of what the map makes of all rows."""
         maps = parameters.alone.on(self._device)
-        return self._read(source, lambda accumulator, slot: accumulator.add_transformed(slot.rows, maps))
+        add = lambda accumulator, slot: accumulator.add_transformed(slot.rows, maps)  # noqa: E731
+        return self._read(source, Moments(source.dim), add)
 
-    def _read(self, source: Source, add: Callable[[Accumulator, Slot], None]) -> Moments:
+    def _read(self, source: Source, moments: Moments, add: Callable[[Accumulator, Slot], None]) -> Moments:
         with on_device(self._device):
-            accumulator = Accumulator(source.dim, self._device)
+            accumulator = None
             firsts, places = [], []
             total = self._num_rows(source)
             with (
@@ -161,13 +163,16 @@ class DeviceReader(Reader):
                 closing(self._slots(source)) as slots,
             ):
                 for slot in slots:
+                    if accumulator is None:
+                        accumulator = moments.new_accumulator(slot.rows)
                     firsts.append(accumulator.num_rows)
                     places.append((slot.origin, slot.start))
                     add(accumulator, slot)
                     advance(len(slot.rows))
-            moments = Moments(source.dim)
+            if accumulator is None:
+                return moments
             try:
-                moments.add_sums(*accumulator.read(), self._on_bad_rows)
+                moments.add_accumulator(accumulator, self._on_bad_rows)
             except BadRowsError as error:
                 batch = bisect_right(firsts, error.row) - 1
                 origin, start = places[batch]

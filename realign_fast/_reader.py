@@ -16,7 +16,7 @@ from ._sample import Sample
 from .backends import check_has_kernels, choose, find_device
 from .io.sources import Batch, Source
 from .methods import Parameters
-from .moments import Moments, OnBadRows, check_on_bad_rows
+from .moments import Moments, OnBadRows, Precision, check_on_bad_rows
 
 
 class Reader:
@@ -48,23 +48,23 @@ class Reader:
         self._limit = limit
         self._progress = progress
 
-    def moments(self, source: Source) -> Moments:
-        """Return the moments of all rows.
+    def moments(self, source: Source, covariance: bool = False, precision: Precision = "high") -> Moments:
+        """Return the moments of all rows, with their covariance where asked for.
 
         Raises
         ------
         BadRowsError
             A ValueError naming file and row, under "raise".
         """
-        moments = Moments(source.dim)
+        moments = Moments(source.dim, covariance, precision)
         for batch in self._batches(source):
             with _located(batch):
                 moments.update_rows(batch.rows, self._on_bad_rows, self._num_threads)
         return moments
 
-    def moments_and_sample(self, source: Source) -> tuple[Moments, Sample]:
+    def moments_and_sample(self, source: Source, covariance: bool = False) -> tuple[Moments, Sample]:
         """Return the moments of all rows, and some of them, chosen by their content; raises as `moments`."""
-        moments, sample = Moments(source.dim), self._new_sample(source)
+        moments, sample = Moments(source.dim, covariance), self._new_sample(source)
         for batch in self._batches(source):
             values = batch.rows.values
             keys = np.empty(len(values), np.uint64)

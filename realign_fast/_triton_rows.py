@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from .kernels import _rows
+from .kernels import covariance as covariance_kernels
 from .kernels import moments as moments_kernels
 from .kernels import row_transform as kernels
 from .kernels._maps import Maps
@@ -32,20 +33,44 @@ def row_transform_backward(x: torch.Tensor, grad_out: torch.Tensor, grad_x: torc
 class Accumulator:
     """Fixed-point sums of unit rows, and counts of bad rows, that stay on a device until they are asked for.
 
+    Parameters
+    ----------
+    dim, device
+        Of the rows.
+    pilot
+        Add up products too, of the unit rows less this.
+    precision
+        Of the products: "exact", "high" or "fast".
+
     Attributes
     ----------
     num_rows : int
         Rows added, bad ones among them.
     """
 
-    def __init__(self, dim: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        dim: int,
+        device: torch.device,
+        pilot: NDArray[np.float64] | None = None,
+        precision: str = "high",
+    ) -> None:
         self.num_rows = 0
+        self._precision = precision
+        self._products = None
+        if pilot is not None:
+            self._pilot = torch.from_numpy(pilot).to(device)
+            self._products = torch.zeros((dim, dim), dtype=torch.float64, device=device)
         self._sums = torch.zeros(dim, dtype=torch.int64, device=device)
         self._bad_rows = _rows.new_bad_rows(device)
 
     def add(self, x: torch.Tensor, keys: torch.Tensor | None = None) -> None:
         """Add the good rows of `x` `(n, dim)`; `keys` (n,) receives a hash of each row's content, 0 for bad rows."""
-        moments_kernels.moments(with_contiguous_rows(x), self._sums, self._bad_rows, self.num_rows, keys)
+        rows = with_contiguous_rows(x)
+        moments_kernels.moments(rows, self._sums, self._bad_rows, self.num_rows, keys)
+        if self._products is not None:
+            counted_above = _rows.new_bad_rows(x.device)
+            covariance_kernels.covariance(rows, self._pilot, self._products, counted_above, self._precision)
         self.num_rows += len(x)
 
     def add_transformed(self, x: torch.Tensor, maps: Maps) -> None:
@@ -56,6 +81,10 @@ class Accumulator:
     def read(self) -> tuple[NDArray[np.int64], int, tuple[int, int, int]]:
         """Return the sums, the number of rows and `(num_zero, num_nonfinite, first_bad)`; waits for the device."""
         return self._sums.cpu().numpy(), self.num_rows, read_bad_rows(self._bad_rows)
+
+    def read_products(self) -> NDArray[np.float64] | None:
+        """Return the sum of (u - pilot)(u - pilot)^T over the good rows, where asked for: the lower triangle."""
+        return None if self._products is None else self._products.cpu().numpy()
 
 
 def with_contiguous_rows(x: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from ._transform import raise_if_bad, transform_by, transform_rows
 from .backends import check_has_kernels, choose, find_device
 from .io.sources import Batch, Source, count_rows, file_paths, open_source
 from .methods import Method, Parameters, ParametersTable, Solution, check_sets, get_method
-from .moments import Moments, OnBadRows, check_on_bad_rows
+from .moments import Moments, OnBadRows, Precision, check_on_bad_rows
 
 Side = Literal["source", "target"]
 
@@ -545,10 +545,16 @@ def gather_moments(
     column: str | None = None,
     limit: int | None = None,
     progress: bool = False,
+    covariance: bool = False,
+    precision: Precision = "high",
 ) -> Moments:
-    """Return the moments of everything in `data`, in any of the forms that `fit` takes."""
+    """Return the moments of everything in `data`, in any of the forms that `fit` takes.
+
+    `covariance` and `precision` are those of `Moments`.
+    """
     source = open_source(data, name=name, key=key, column=column, num_threads=num_threads)
-    return reader_for(backend, (source,), on_bad_rows, num_threads, limit=limit, progress=progress).moments(source)
+    reader = reader_for(backend, (source,), on_bad_rows, num_threads, limit=limit, progress=progress)
+    return reader.moments(source, covariance, precision)
 
 
 class _Part(Source):

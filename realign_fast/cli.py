@@ -124,6 +124,8 @@ def _stats(arguments: argparse.Namespace) -> dict[str, Any]:
         column=arguments.embedding_column,
         limit=arguments.limit,
         progress=True,
+        covariance=arguments.covariance,
+        precision=arguments.precision,
     )
     if moments.count == 0:
         raise ValueError(f"{arguments.path} has no rows to count")
@@ -241,6 +243,7 @@ def _describe_moments(moments: Any) -> dict[str, Any]:
         "rows": moments.count,
         "bad_rows": moments.num_zero + moments.num_skipped,
         "trace": moments.trace,
+        "covariance": moments.has_covariance,
     }
 
 
@@ -284,6 +287,8 @@ def _parser() -> argparse.ArgumentParser:
     stats = command("stats", _stats, "gather the moments of PATH")
     stats.add_argument("path", metavar="PATH", help="file, directory or glob of embeddings")
     stats.add_argument("-o", "--output", required=True, metavar="FILE", help="moments to write (.safetensors)")
+    stats.add_argument("--covariance", action="store_true", help="for whitening and the maps with a matrix")
+    stats.add_argument("--precision", choices=("exact", "high", "fast"), default="high", help="of the covariance")
     _add_bad_rows(stats, ("raise", "skip", "zero"))
     _add_limit(stats)
     _add_columns(stats)

@@ -1,9 +1,13 @@
-"""Streaming count, mean and trace of unit rows, in fixed point: exact to merge, subtract and compare."""
+"""Streaming count, mean, trace and covariance of unit rows.
+
+Count, mean and trace are in fixed point: exact to merge, subtract and compare.
+"""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +15,7 @@ from numpy.typing import NDArray
 from . import _C, _files
 from ._dtypes import Rows
 from ._errors import BadRowsError
+from ._products import Products
 from ._rows import as_rows, dtype_name, is_tensor, refuse_gradients
 from .backends import check_has_kernels, choose, count_threads
 
@@ -18,9 +23,15 @@ if TYPE_CHECKING:
     from ._triton_rows import Accumulator
 
 OnBadRows = Literal["raise", "skip", "zero"]
+Precision = Literal["exact", "high", "fast"]
 
 # One sum of 2**36 elements of magnitude 1 in units of 2**-27 is the largest that int64 holds.
 _MAX_COUNT = 1 << (63 - _C.FIXED_POINT_BITS)
+# Whose mean is near enough to that of all rows to keep the digits of their products.
+_PILOT_ROWS = 4096
+# Rows that a cache keeps are looked at before they are added, of more the products are kept until they are known to be
+# good: either costs little.
+_LOOK_FIRST_BYTES = 16 << 20
 
 
 def check_on_bad_rows(policy: str, *, skip: bool = True) -> None:
@@ -42,20 +53,31 @@ class Moments:
     ----------
     dim
         Dimension of the rows, at least 1.
+    covariance
+        Collect it too, for the maps that need it: `dim**2` products a row, in the same read. It agrees to 1e-7
+        (relative, Frobenius norm) whatever the order, chunking and merging.
+    precision
+        Of those products: "exact", float32 and added up in float64; "high", on a GPU at least three TF32 products each,
+        else the same as "exact"; "fast", bfloat16 products with float32 sums, on a GPU.
 
     Attributes
     ----------
     dim : int
+    precision : str
     """
 
-    __slots__ = ("_count", "_num_skipped", "_num_zero", "_pending", "_sums", "dim")
+    __slots__ = ("_count", "_num_skipped", "_num_zero", "_pending", "_products", "_sums", "dim", "precision")
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, covariance: bool = False, precision: Precision = "high") -> None:
         if dim < 1:
             raise ValueError(f"dim must be at least 1, got {dim}")
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
         self.dim = int(dim)
+        self.precision: Precision = precision
         self._count = self._num_zero = self._num_skipped = 0
         self._sums: NDArray[np.int64] = np.zeros(self.dim, np.int64)
+        self._products = Products(self.dim) if covariance else None
         # What still lies on GPUs, by device and what becomes of bad rows there.
         self._pending: dict[tuple[Any, OnBadRows], Accumulator] = {}
 
@@ -110,8 +132,23 @@ class Moments:
         if choose(backend, device, (dtype_name(batch.dtype),) if is_tensor(batch) else ()) == "triton":
             self._update_on_gpu(batch, on_bad_rows)
         else:
-            self.update_rows(as_rows(batch, name="batch", dim=self.dim), on_bad_rows, num_threads)
+            self._update_on_cpu(as_rows(batch, name="batch", dim=self.dim), on_bad_rows, num_threads)
         return self
+
+    def _update_on_cpu(self, rows: Rows, on_bad_rows: OnBadRows, num_threads: int | None) -> None:
+        if self._products is None or on_bad_rows != "raise":
+            return self.update_rows(rows, on_bad_rows, num_threads)
+        # An error must leave the products as they were.
+        if rows.values.nbytes <= _LOOK_FIRST_BYTES:
+            bad = _C.find_bad_rows(rows.values, rows.bfloat16, count_threads(num_threads))
+            _raise_if_bad(bad, on_bad_rows)
+            return self.update_rows(rows, on_bad_rows, num_threads)
+        before = self._products.copy()
+        try:
+            self.update_rows(rows, on_bad_rows, num_threads)
+        except BadRowsError:
+            self._products = before
+            raise
 
     def _update_on_gpu(self, batch: Any, on_bad_rows: OnBadRows) -> None:
         check_on_bad_rows(on_bad_rows)
@@ -120,24 +157,43 @@ class Moments:
         if batch.ndim == 0 or batch.shape[-1] != self.dim:
             raise ValueError(f"batch must have rows of dimension {self.dim}, got shape {tuple(batch.shape)}")
         refuse_gradients(batch, "batch")
-        from ._triton_rows import Accumulator
-
         rows = batch.detach().reshape(-1, self.dim)
         self._check_room(len(rows))
         if on_bad_rows == "raise":
-            accumulator = Accumulator(self.dim, batch.device)
+            accumulator = self.new_accumulator(rows)
             accumulator.add(rows)
-            self.add_sums(*accumulator.read(), on_bad_rows)
+            self.add_accumulator(accumulator, on_bad_rows)
             return
         key = batch.device, on_bad_rows
         if key not in self._pending:
-            self._pending[key] = Accumulator(self.dim, batch.device)
+            self._pending[key] = self.new_accumulator(rows)
         self._pending[key].add(rows)
+
+    def new_accumulator(self, rows: Any) -> Accumulator:
+        """Return what adds up on the device of these rows `(n, dim)`; where there is no pilot, they give one."""
+        from ._triton_rows import Accumulator
+
+        products = self._products
+        if products is None:
+            return Accumulator(self.dim, rows.device)
+        if not products.chosen:
+            first = Accumulator(self.dim, rows.device)
+            first.add(rows[:_PILOT_ROWS])
+            sums, count, bad = first.read()
+            products.choose_pilot(_to_float(sums) / max(1, count - bad[0] - bad[1]))
+        return Accumulator(self.dim, rows.device, products.pilot, self.precision)
+
+    def add_accumulator(self, accumulator: Accumulator, on_bad_rows: OnBadRows) -> None:
+        """Add what it has added up; waits for its device."""
+        self.add_sums(*accumulator.read(), on_bad_rows)
+        products = accumulator.read_products()
+        if products is not None and self._products is not None:
+            self._products.sums += products
 
     def _settled(self) -> Moments:
         while self._pending:
             (_, on_bad_rows), accumulator = self._pending.popitem()
-            self.add_sums(*accumulator.read(), on_bad_rows)
+            self.add_accumulator(accumulator, on_bad_rows)
         return self
 
     def update_rows(
@@ -147,11 +203,25 @@ class Moments:
         num_threads: int | None = None,
         keys: NDArray[np.uint64] | None = None,
     ) -> None:
-        """As `update`, for rows already seen as such; `keys` (n,) receives a hash of each row's content."""
+        """As `update`, for rows already seen as such; `keys` (n,) receives a hash of each row's content.
+
+        With a covariance, what is left after an error is of no use.
+        """
         check_on_bad_rows(on_bad_rows)
         self._check_room(len(rows.values))
+        threads = count_threads(num_threads)
         sums = np.zeros_like(self._sums)
-        bad = _C.moments(rows.values, rows.bfloat16, sums, keys, count_threads(num_threads))
+        products = self._products
+        if products is None:
+            bad = _C.moments(rows.values, rows.bfloat16, sums, keys, threads)
+        else:
+            if not products.chosen:
+                first, of_first = rows.values[:_PILOT_ROWS], np.zeros_like(sums)
+                num_zero, num_nonfinite, _ = _C.moments(first, rows.bfloat16, of_first, None, threads)
+                products.choose_pilot(_to_float(of_first) / max(1, len(first) - num_zero - num_nonfinite))
+            bad = _C.covariance(
+                rows.values, rows.bfloat16, products.pilot, sums, keys, products.sums, self._count, threads
+            )
         self.add_sums(sums, len(rows.values), bad, on_bad_rows)
 
     def update_transformed(
@@ -177,11 +247,11 @@ class Moments:
         self, sums: NDArray[np.int64], num_rows: int, bad: tuple[int, int, int], on_bad_rows: OnBadRows
     ) -> None:
         """Add what a kernel found in `num_rows` rows: their fixed-point sums `(dim,)` and the bad ones among them."""
-        num_zero, num_nonfinite, first = bad
-        num_bad = num_zero + num_nonfinite
-        if num_bad and on_bad_rows == "raise":
-            raise BadRowsError("batch", first, num_zero, num_nonfinite)
+        _raise_if_bad(bad, on_bad_rows)
+        num_bad = bad[0] + bad[1]
         self._sums += sums
+        if on_bad_rows == "zero" and self._products is not None:
+            self._products.add_zeros(num_bad)  # the kernels left them out
         if on_bad_rows == "skip":
             self._count += num_rows - num_bad
             self._num_skipped += num_bad
@@ -194,7 +264,7 @@ class Moments:
         """Mean of the unit rows, `(dim,)`. ValueError where no row was counted."""
         if self.count == 0:
             raise ValueError("the mean of no rows is not defined: update Moments first")
-        return np.ldexp(self._sums.astype(np.float64), -_C.FIXED_POINT_BITS) / self.count
+        return _to_float(self._sums) / self.count
 
     @property
     def trace(self) -> float:
@@ -205,10 +275,40 @@ class Moments:
         mean = self.mean
         return max(0.0, (self.count - self.num_zero) / self.count - float(mean @ mean))
 
+    @property
+    def has_covariance(self) -> bool:
+        """Whether the covariance is collected."""
+        return self._products is not None
+
+    @property
+    def covariance(self) -> NDArray[np.float64]:
+        """Covariance of the unit rows (ddof 0), `(dim, dim)`.
+
+        ValueError where no row was counted, or no covariance collected.
+        """
+        mean = self.mean
+        if self._products is None:
+            raise ValueError(
+                "these Moments hold no covariance: collect them with Moments(dim, covariance=True), or on the command "
+                "line with `realign stats --covariance`"
+            )
+        return self._products.covariance(self.count, mean)
+
     def merge(self, other: Moments) -> Moments:
-        """Add the rows that `other` has seen, and return self."""
-        self._check_dim(other)
+        """Add the rows that `other` has seen, and return self.
+
+        Raises
+        ------
+        ValueError
+            If the dimensions differ, or one of both has collected a covariance and the other has not.
+        """
+        self._check_alike(other)
         self._check_room(other.count)
+        mine, theirs = self._settled()._products, other._products
+        if mine is not None and theirs is not None and theirs.chosen:
+            if not mine.chosen:
+                mine.choose_pilot(theirs.pilot)
+            mine.sums += theirs.about(mine.pilot, other.count, _to_float(other._sums))
         self._count += other.count
         self._num_zero += other.num_zero
         self._num_skipped += other.num_skipped
@@ -217,7 +317,10 @@ class Moments:
 
     def copy(self) -> Moments:
         """Return an independent copy."""
-        return Moments(self.dim).merge(self)
+        return self._new().merge(self)
+
+    def _new(self) -> Moments:
+        return Moments(self.dim, self.has_covariance, self.precision)
 
     def __add__(self, other: Moments) -> Moments:
         if not isinstance(other, Moments):
@@ -227,14 +330,19 @@ class Moments:
     def __sub__(self, part: Moments) -> Moments:
         if not isinstance(part, Moments):
             return NotImplemented
-        self._check_dim(part)
+        self._check_alike(part)
         if part.count > self.count or part.num_zero > self.num_zero or part.num_skipped > self.num_skipped:
             raise ValueError(f"{part!r} is no part of {self!r}: it counts more rows")
-        rest = Moments(self.dim)
+        rest = self._new()
         rest._count = self.count - part.count
         rest._num_zero = self.num_zero - part.num_zero
         rest._num_skipped = self.num_skipped - part.num_skipped
         rest._sums = self._sums - part._sums
+        mine, theirs = self._products, part._products
+        if rest._count and mine is not None and theirs is not None:
+            rest._products = mine.copy()
+            if theirs.chosen:
+                rest._products.sums -= theirs.about(mine.pilot, part.count, _to_float(part._sums))
         return rest
 
     def __eq__(self, other: object) -> bool:
@@ -243,7 +351,7 @@ class Moments:
         return (
             (self.dim, self.count, self.num_zero, self.num_skipped)
             == (other.dim, other.count, other.num_zero, other.num_skipped)
-        ) and bool((self._sums == other._sums).all())
+        ) and (np.array_equal(self._sums, other._sums) and self._products == other._products)
 
     def __getstate__(self) -> object:
         return super(Moments, self._settled()).__getstate__()
@@ -251,11 +359,17 @@ class Moments:
     __hash__ = None  # type: ignore[assignment]  # a mutable value
 
     def __repr__(self) -> str:
-        return f"Moments(dim={self.dim}, count={self.count})"
+        covariance = ", covariance=True" if self.has_covariance else ""
+        return f"Moments(dim={self.dim}, count={self.count}{covariance})"
 
-    def _check_dim(self, other: Moments) -> None:
+    def _check_alike(self, other: Moments) -> None:
         if self.dim != other.dim:
             raise ValueError(f"Moments of dimension {self.dim} and {other.dim} do not combine")
+        if self.has_covariance != other.has_covariance:
+            raise ValueError(
+                f"Moments with and without a covariance do not combine: {self!r}, {other!r}; collect both with "
+                "covariance=True (`realign stats --covariance`) or both without"
+            )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, whole or not at all."""
@@ -265,7 +379,11 @@ class Moments:
             "num_skipped": self.num_skipped,
             "fixed_point_bits": _C.FIXED_POINT_BITS,
         }
-        _files.save(path, "moments", {"sums": self._sums}, fields)
+        tensors: dict[str, NDArray[Any]] = {"sums": self._sums}
+        if self._products is None:
+            return _files.save(path, "moments", tensors, fields)
+        tensors |= {"pilot": self._products.pilot, "products": np.tril(self._products.sums)}
+        _files.save(path, "moments", tensors, fields | {"precision": self.precision}, version=2)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Moments:
@@ -278,7 +396,9 @@ class Moments:
         ValueError
             If it is damaged, holds something else, or comes from a newer format.
         """
-        tensors, fields = _files.load(path, "moments", {"sums": (np.dtype(np.int64), 1)})
+        real = np.dtype(np.float64)
+        shapes = {"sums": (np.dtype(np.int64), 1)}
+        tensors, fields = _files.load(path, "moments", shapes, optional={"products": (real, 2), "pilot": (real, 1)})
         counts: dict[str, int] = {}
         for name in ("count", "num_zero", "num_skipped"):
             value = fields.get(name)
@@ -292,7 +412,40 @@ class Moments:
         limit = 1.001 * counts["count"] * 2.0**_C.FIXED_POINT_BITS
         if sums.size == 0 or counts["num_zero"] > counts["count"] or (np.abs(sums.astype(np.float64)) > limit).any():
             raise ValueError(f"{path}: sums and counts do not fit together")
-        moments = cls(sums.size)
+        moments = cls(sums.size, "products" in tensors)
         moments._count, moments._num_zero, moments._num_skipped = counts.values()
         moments._sums = np.ascontiguousarray(sums)
+        if moments._products is not None:
+            moments._load_products(path, moments._products, tensors, fields)
         return moments
+
+    def _load_products(
+        self, path: object, products: Products, tensors: Mapping[str, NDArray[Any]], fields: Mapping[str, Any]
+    ) -> None:
+        sums, pilot = tensors["products"], tensors.get("pilot", np.zeros(0))
+        if sums.shape != (self.dim, self.dim) or pilot.shape != (self.dim,):
+            raise ValueError(
+                f"{path}: products and pilot must have shapes ({self.dim}, {self.dim}) and ({self.dim},), "
+                f"got {sums.shape} and {pilot.shape}"
+            )
+        if fields.get("precision") not in get_args(Precision):
+            raise ValueError(f"{path}: precision must be one of {', '.join(get_args(Precision))}")
+        self.precision = fields["precision"]
+        if self._count == 0:
+            return
+        products.choose_pilot(pilot)
+        products.sums = np.ascontiguousarray(sums)
+        trace = float(np.trace(self.covariance))
+        if not abs(trace - self.trace) < 1e-3:
+            raise ValueError(f"{path}: products and sums do not fit together: traces {trace:.6g} and {self.trace:.6g}")
+
+
+def _to_float(sums: NDArray[np.int64]) -> NDArray[np.float64]:
+    values: NDArray[np.float64] = np.ldexp(sums.astype(np.float64), -_C.FIXED_POINT_BITS)
+    return values
+
+
+def _raise_if_bad(bad: tuple[int, int, int], on_bad_rows: OnBadRows) -> None:
+    num_zero, num_nonfinite, first = bad
+    if first >= 0 and on_bad_rows == "raise":
+        raise BadRowsError("batch", first, num_zero, num_nonfinite)

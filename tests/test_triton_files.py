@@ -182,11 +182,23 @@ def test_float64_is_refused(shards):
         apply_files(rf.fit(make(30, 0), make(30, 1)), shards / "text", shards / "out", backend="torch")
 
 
+def test_covariances_of_files(shards):
+    found, wanted = (gather_moments(shards / "text", backend=backend, covariance=True) for backend in ("triton", "cpu"))
+    assert_covariances_close(found, wanted)
+
+
+def assert_covariances_close(found, wanted):
+    assert found.count == wanted.count
+    difference = found.covariance - wanted.covariance
+    assert np.linalg.norm(difference) < 3e-7 * np.linalg.norm(wanted.covariance)
+
+
 def test_commands(shards, capsys):
     folder = str(shards)
     for arguments in (
         ["fit", f"{folder}/text", f"{folder}/image", "-o", f"{folder}/a.safetensors", "--refine", "1"],
         ["stats", f"{folder}/text", "-o", f"{folder}/m.safetensors"],
+        ["stats", f"{folder}/text", "-o", f"{folder}/m.safetensors", "--covariance", "--precision", "exact"],
         ["apply", f"{folder}/a.safetensors", f"{folder}/text", "-o", f"{folder}/out"],
     ):
         assert cli.main([*arguments, "--device", "cuda", "--threads", "1"]) == 0
@@ -210,3 +222,21 @@ def test_moments_that_lie_on_a_device_are_settled_when_they_are_read():
         rf.Moments(DIM).update(x, on_bad_rows="zero", backend="triton").update(x, on_bad_rows="skip", backend="triton")
     )
     assert (mixed.count, mixed.num_zero, mixed.num_skipped) == (179, 1, 1)
+
+
+@pytest.mark.parametrize("policy", ["zero", "skip"])
+def test_covariances_of_tensors_on_a_device(policy):
+    x = torch.from_numpy(make(90, 0))
+    x[[7, 60]] = 0
+    wanted = rf.Moments(DIM, covariance=True).update(x, on_bad_rows=policy)
+    found = rf.Moments(DIM, covariance=True)
+    for part in x.split(40):
+        found.update(part, on_bad_rows=policy, backend="triton")
+    assert found._pending
+    assert_covariances_close(found, wanted)
+    assert_covariances_close(found + found, wanted + wanted)
+    before = found.copy()
+    with pytest.raises(ValueError, match="row 7 "):
+        found.update(x, backend="triton")
+    assert found == before
+    assert_covariances_close(found.update(x[:7], backend="triton"), wanted.update(x[:7]))

@@ -14,6 +14,7 @@
 namespace {
 
 constexpr int W = 8;
+constexpr int kPanelRows = 4, kPanelVectors = 3;
 using F = __m256;
 struct I {
   __m256i lanes;

@@ -20,6 +20,7 @@
 namespace {
 
 constexpr int W = 16;
+constexpr int kPanelRows = 8, kPanelVectors = 3;
 using F = __m512;
 struct I {
   __m512i lanes;

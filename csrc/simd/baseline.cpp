@@ -4,6 +4,7 @@
 namespace {
 
 constexpr int W = 4;
+constexpr int kPanelRows = 4, kPanelVectors = 2;
 typedef float F __attribute__((vector_size(16)));
 typedef int32_t I __attribute__((vector_size(16)));
 typedef uint32_t U __attribute__((vector_size(16)));

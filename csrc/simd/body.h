@@ -1,6 +1,7 @@
 // The kernels, written once over the vector type of the file that includes this.
 //
-// That file has defined, in an anonymous namespace: `W` (lanes), `F` (W floats), `I` (W int32), the row types `Half`
+// That file has defined, in an anonymous namespace: `W` (lanes), `kPanelRows` and `kPanelVectors` (what the registers
+// hold of a product of matrices), `F` (W floats), `I` (W int32), the row types `Half`
 // and `Bf16`, and zero, set1, add, fma, mul, load, store, stream, to_int32, add(I, I), add_to_int64, fence. Everything
 // here is in an anonymous namespace too and uses no template or inline function of the standard library: the linker may
 // merge such functions between files, and the baseline would then run instructions that its processor lacks.
@@ -9,9 +10,16 @@ namespace {
 
 using realign::BadRows;
 using realign::kRowsPerBlock;
+using realign::kTileSide;
 using realign::Map;
 using realign::MapTable;
+using realign::Panels;
 using realign::RowRange;
+using realign::SumLengths;
+
+// Columns of a panel: those that the matrix kernels keep in registers at once, for kPanelRows rows of the result.
+constexpr int kPanelWidth = kPanelVectors * W;
+static_assert(kTileSide % kPanelWidth == 0 && kTileSide % kPanelRows == 0 && kPanelWidth % kPanelRows == 0);
 
 constexpr double kUnits = double(int64_t(1) << realign::kFixedPointBits);
 
@@ -213,6 +221,7 @@ inline uint64_t key_of(double square, double projected) {
 template <typename T>
 struct Block {
   const T* rows[kRowsPerBlock];
+  int64_t index[kRowsPerBlock];
   float row_factor[kRowsPerBlock], shift_factor[kRowsPerBlock], correction_factor[kRowsPerBlock];
   int count = 0;
 };
@@ -232,33 +241,59 @@ struct MappedRows {
   }
 };
 
-template <int kCount, typename T, typename Rows>
-inline void add_columns(const Block<T>& given, const Rows& rows, int64_t dim, int64_t* sums, Ahead ahead) {
+// What else becomes of the values of a block, in fixed point: nothing.
+struct Nowhere {
+  static inline void put(F, int64_t, int64_t) {}
+};
+
+// Or unit rows less the pilot, to panels.
+struct ToPanels {
+  const Panels& panels;
+
+  float* at(int64_t row, int64_t j) const {
+    return panels.data + j / kPanelWidth * panels.stride + row * kPanelWidth + j % kPanelWidth;
+  }
+  inline void put(F value, int64_t row, int64_t j) const {
+    store(at(row, j), fma(value, set1(float(1 / kUnits)), load(panels.minus_pilot + j)));
+  }
+};
+
+template <int kCount, typename T, typename Rows, typename To>
+inline void add_columns(const Block<T>& given, const Rows& rows, const To& to, int64_t dim, int64_t* sums,
+                        Ahead ahead) {
   const Block<T> block = given;  // its own, so that no store to the sums can be thought to change it
   const int count = kCount ? kCount : block.count;
   int64_t j = 0;
   for (; j + W <= dim; j += W) {
     ahead.step(kCount * W * int64_t(sizeof(T)) / 2);
-    I sum = to_int32(rows.value(block, 0, load(block.rows[0] + j), j));
+    const auto fixed_of = [&](int k) {
+      const F value = rows.value(block, k, load(block.rows[k] + j), j);
+      to.put(value, block.index[k], j);
+      return to_int32(value);
+    };
+    I sum = fixed_of(0);
 #pragma GCC unroll 8
-    for (int k = 1; k < count; ++k) sum = add(sum, to_int32(rows.value(block, k, load(block.rows[k] + j), j)));
+    for (int k = 1; k < count; ++k) sum = add(sum, fixed_of(k));
     add_to_int64(sums + j, sum);
   }
   if (j < dim) {
     int64_t last[W] = {};
-    for (int k = 0; k < count; ++k)
-      add_to_int64(last, to_int32(rows.value(block, k, load_first(block.rows[k] + j, dim - j), j)));
+    for (int k = 0; k < count; ++k) {
+      const F value = rows.value(block, k, load_first(block.rows[k] + j, dim - j), j);
+      to.put(value, block.index[k], j);
+      add_to_int64(last, to_int32(value));
+    }
     for (int64_t rest = j; rest < dim; ++rest) sums[rest] += last[rest - j];
   }
 }
 
-template <typename T, typename Rows>
-inline void add_block(const Block<T>& block, const Rows& rows, int64_t dim, int64_t* sums, Ahead ahead) {
+template <typename T, typename Rows, typename To>
+inline void add_block(const Block<T>& block, const Rows& rows, const To& to, int64_t dim, int64_t* sums, Ahead ahead) {
   // A full block has a constant trip count, so that the loop over its rows unrolls.
   if (block.count == kRowsPerBlock)
-    add_columns<kRowsPerBlock>(block, rows, dim, sums, ahead);
+    add_columns<kRowsPerBlock>(block, rows, to, dim, sums, ahead);
   else if (block.count > 0)
-    add_columns<0>(block, rows, dim, sums, ahead);
+    add_columns<0>(block, rows, to, dim, sums, ahead);
 }
 
 inline double key_projection(const double* row, const float* projection, int64_t dim) {
@@ -267,9 +302,17 @@ inline double key_projection(const double* row, const float* projection, int64_t
   return sum;
 }
 
-template <typename T>
-void moments(const RowRange& rows, int64_t* sums, uint64_t* keys, const float* projection, double* scratch,
-             BadRows* bad) {
+// A row that took the long way: `unit` is pi(row), or whatever where the row is bad.
+inline void put_long(const Nowhere&, const double*, RowKind, int64_t, int64_t) {}
+inline void put_long(const ToPanels& to, const double* unit, RowKind kind, int64_t row, int64_t dim) {
+  for (int64_t j = 0; j < dim; j += W)
+    for (int64_t k = j; k < j + W; ++k)
+      *to.at(row, k) = kind == kGood && k < dim ? float(unit[k] - to.panels.pilot[k]) : 0;
+}
+
+template <typename T, typename To>
+inline void moments_to(const To& to, const RowRange& rows, int64_t* sums, uint64_t* keys, const float* projection,
+                       double* scratch, BadRows* bad) {
   for (int64_t first = 0; first < rows.num_rows; first += kRowsPerBlock) {
     const int count = block_size(rows, first);
     // All products before all square roots: so the processor waits for neither.
@@ -289,6 +332,7 @@ void moments(const RowRange& rows, int64_t* sums, uint64_t* keys, const float* p
       const double square = keys ? products[k][0] : squares[k][0];
       if (fits_float32(square)) {
         block.rows[block.count] = x;
+        block.index[block.count] = i;
         block.row_factor[block.count++] = float(kUnits / __builtin_sqrt(square));
         if (keys) keys[i] = key_of(square, products[k][1]);
         continue;
@@ -297,20 +341,40 @@ void moments(const RowRange& rows, int64_t* sums, uint64_t* keys, const float* p
       count_bad(kind, i, bad);
       if (kind == kGood) add_row(scratch, rows.dim, sums);
       if (keys) keys[i] = kind == kGood ? key_of(0, key_projection(scratch, projection, rows.dim)) : 0;
+      put_long(to, scratch, kind, i, rows.dim);
     }
-    add_block(block, PlainRows<T>(), rows.dim, sums, ahead);
+    add_block(block, PlainRows<T>(), to, rows.dim, sums, ahead);
   }
 }
 
-template <>
-void moments<double>(const RowRange& rows, int64_t* sums, uint64_t* keys, const float* projection, double* scratch,
-                     BadRows* bad) {
+template <typename To>
+inline void moments_long_to(const To& to, const RowRange& rows, int64_t* sums, uint64_t* keys, const float* projection,
+                            double* scratch, BadRows* bad) {
   for (int64_t i = 0; i < rows.num_rows; ++i) {
     const RowKind kind = unit_row(row_at<double>(rows, i), rows.dim, scratch);
     count_bad(kind, i, bad);
     if (kind == kGood) add_row(scratch, rows.dim, sums);
     if (keys) keys[i] = kind == kGood ? key_of(0, key_projection(scratch, projection, rows.dim)) : 0;
+    put_long(to, scratch, kind, i, rows.dim);
   }
+}
+
+template <typename T>
+void moments(const RowRange& rows, int64_t* sums, uint64_t* keys, const float* projection, const Panels* panels,
+             double* scratch, BadRows* bad) {
+  if (panels)
+    moments_to<T>(ToPanels{*panels}, rows, sums, keys, projection, scratch, bad);
+  else
+    moments_to<T>(Nowhere(), rows, sums, keys, projection, scratch, bad);
+}
+
+template <>
+void moments<double>(const RowRange& rows, int64_t* sums, uint64_t* keys, const float* projection, const Panels* panels,
+                     double* scratch, BadRows* bad) {
+  if (panels)
+    moments_long_to(ToPanels{*panels}, rows, sums, keys, projection, scratch, bad);
+  else
+    moments_long_to(Nowhere(), rows, sums, keys, projection, scratch, bad);
 }
 
 // ---- The fused map ------------------------------------------------------------------------------------------------
@@ -389,7 +453,7 @@ void transformed_moments(const RowRange& rows, const Map& map, int64_t* sums, do
       map_unit_row(map, rows.dim, scratch);
       add_row(scratch, rows.dim, sums);
     }
-    add_block(block, MappedRows<T>{map.shift, map.correction}, rows.dim, sums, ahead);
+    add_block(block, MappedRows<T>{map.shift, map.correction}, Nowhere(), rows.dim, sums, ahead);
   }
 }
 
@@ -648,6 +712,69 @@ void row_transform_backward_long(const RowRange& rows, const char* grad, int64_t
                         reinterpret_cast<In*>(out_data + i * out_stride), scratch);
 }
 
+// ---- Products of matrices ------------------------------------------------------------------------------------------
+
+// tile[i][j] (+)= sum over k of a(k)[i] b[k][j], kPanelRows x kPanelWidth of a tile of `stride` columns. All sums stay
+// in registers, and each element of a panel is read from the first cache.
+template <typename A>
+inline void multiply(const A& a, const float* b, int64_t count, float* tile, int64_t stride, bool first) {
+  F sums[kPanelRows][kPanelVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kPanelRows; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVectors; ++v) sums[i][v] = zero();
+  for (int64_t k = 0; k < count; ++k) {
+    F columns[kPanelVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVectors; ++v) columns[v] = load(b + k * kPanelWidth + v * W);
+#pragma GCC unroll 8
+    for (int i = 0; i < kPanelRows; ++i) {
+      const F x = set1(a.at(k, i));
+#pragma GCC unroll 4
+      for (int v = 0; v < kPanelVectors; ++v) sums[i][v] = fma(x, columns[v], sums[i][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kPanelRows; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVectors; ++v) {
+      float* to = tile + i * stride + v * W;
+      store(to, first ? sums[i][v] : add(sums[i][v], load(to)));
+    }
+}
+
+// A panel read along its columns.
+struct Transposed {
+  const float* panel;
+  float at(int64_t k, int i) const { return panel[k * kPanelWidth + i]; }
+};
+
+void products(const float* panels, int64_t stride, int64_t num_rows, SumLengths lengths, int64_t tile_row,
+              int64_t tile_column, int64_t dim, double* products) {
+  alignas(64) float tile[kTileSide * kTileSide];
+  const int64_t first_row = tile_row * kTileSide, first_column = tile_column * kTileSide;
+  const auto panel_at = [&](int64_t column, int64_t row) {
+    return panels + column / kPanelWidth * stride + row * kPanelWidth + column % kPanelWidth;
+  };
+  for (int64_t row = 0; row < num_rows; row += lengths.in_float32) {
+    const int64_t end = num_rows - row < lengths.in_float32 ? num_rows : row + lengths.in_float32;
+    for (int64_t begin = row; begin < end; begin += lengths.in_registers) {
+      const int64_t count = end - begin < lengths.in_registers ? end - begin : lengths.in_registers;
+      for (int64_t j = 0; j < kTileSide && first_column + j < dim; j += kPanelWidth)
+        for (int64_t i = 0; i < kTileSide && first_row + i < dim; i += kPanelRows) {
+          if (first_row + i + kPanelRows <= first_column + j) continue;  // above the diagonal
+          multiply(Transposed{panel_at(first_row + i, begin)}, panel_at(first_column + j, begin), count,
+                   tile + i * kTileSide + j, kTileSide, begin == row);
+        }
+    }
+    for (int64_t i = 0; i < kTileSide && first_row + i < dim; ++i) {
+      const int64_t past = first_row + i < first_column + kTileSide ? first_row + i + 1 : first_column + kTileSide;
+      double* to = products + (first_row + i) * dim + first_column;
+      for (int64_t j = 0; j < past - first_column; ++j) to[j] += double(tile[i * kTileSide + j]);
+    }
+  }
+}
+
 // ---- Bad rows, and the machine's own speed --------------------------------------------------------------------------
 
 template <typename T>
@@ -709,6 +836,8 @@ void stream_copy(const char* source, char* target, int64_t size, bool nontempora
     {row_transform_backward<float, Half>, row_transform_backward<float, Bf16>, row_transform_backward<float, float>, row_transform_backward_long<float, double>}, \
     {row_transform_backward_long<double, Half>, row_transform_backward_long<double, Bf16>, row_transform_backward_long<double, float>, row_transform_backward_long<double, double>}}, \
    {find_bad_rows<Half>, find_bad_rows<Bf16>, find_bad_rows<float>, find_bad_rows<double>},                          \
+   kPanelWidth,                                                                                                      \
+   products,                                                                                                         \
    stream_read,                                                                                                      \
    stream_copy}
 // clang-format on

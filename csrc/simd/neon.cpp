@@ -7,6 +7,7 @@
 namespace {
 
 constexpr int W = 4;
+constexpr int kPanelRows = 6, kPanelVectors = 3;
 using F = float32x4_t;
 struct I {
   int32x4_t lanes;

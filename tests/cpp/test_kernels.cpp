@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "check.h"
+#include "covariance.h"
 #include "dispatch.h"
 #include "moments.h"
 #include "row_transform.h"
@@ -329,7 +330,7 @@ struct Case {
       std::unique_ptr<int64_t[]> exact(new int64_t[size_t(dim)]());
       std::unique_ptr<uint64_t[]> exact_keys(new uint64_t[size_t(count)]);
       table.moments[dtype](rows->range(), exact.get(), with_keys ? exact_keys.get() : nullptr,
-                           with_keys ? projection.data() : nullptr, scratch, &bad);
+                           with_keys ? projection.data() : nullptr, nullptr, scratch, &bad);
       check_bad(bad, expected.bad, at);
       const std::vector<int64_t> found(exact.get(), exact.get() + dim);
       check_sums(found, expected.units, at);
@@ -343,6 +344,33 @@ struct Case {
       if (first) keys = found_keys;
       CHECK(found_keys == keys, "%s: the keys depend on the layout", at.c_str());
     }
+    check_panels(rows, scratch, at + " to panels");
+  }
+
+  // Unit rows less a pilot, and the sums as without panels.
+  void check_panels(Block* rows, double* scratch, const std::string& at) {
+    const int64_t width = table.panel_width, num_panels = (dim + kTileSide - 1) / kTileSide * kTileSide / width;
+    const std::unique_ptr<float[]> data(new float[size_t(num_panels * width * count)]);
+    std::vector<double> pilot;
+    AlignedVector<float> minus_pilot(dim + kPadding);
+    Random random(8);
+    for (int64_t j = 0; j < dim; ++j) {
+      pilot.push_back(double(float(random.uniform())));
+      minus_pilot.data()[j] = -float(pilot.back());
+    }
+    const Panels panels{data.get(), width * count, pilot.data(), minus_pilot.data()};
+    std::unique_ptr<int64_t[]> exact(new int64_t[size_t(dim)]());
+    BadRows bad;
+    table.moments[dtype](rows->range(), exact.get(), nullptr, nullptr, &panels, scratch, &bad);
+    check_bad(bad, expected.bad, at);
+    CHECK(std::vector<int64_t>(exact.get(), exact.get() + dim) == sums, "%s: other sums", at.c_str());
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t j = 0; j < dim; ++j) {
+        const double found = double(data[size_t(j / width * panels.stride + i * width + j % width)]);
+        const double wanted = expected.good[size_t(i)] ? expected.units[size_t(i)][size_t(j)] - pilot[size_t(j)] : 0;
+        CHECK(std::fabs(found - wanted) <= 3e-7, "%s: element (%lld, %lld) is %.9g, expected %.9g", at.c_str(),
+              (long long)i, (long long)j, found, wanted);
+      }
   }
 
   void check_out(Block* result, Dtype to, const std::string& at, bool first) {
@@ -394,6 +422,36 @@ void test_table(const KernelTable& table) {
         }
 }
 
+// One tile after the other, in sums of several lengths; what lies above the diagonal stays as it is.
+void test_products(const KernelTable& table) {
+  Random random(11);
+  for (const int64_t dim : {1, 5, 47, 48, 49, 100})
+    for (const int64_t count : {0, 1, 4, 37, 300}) {
+      const int64_t width = table.panel_width, num_tiles = (dim + kTileSide - 1) / kTileSide;
+      const int64_t stride = width * count;
+      const std::unique_ptr<float[]> panels(new float[size_t(num_tiles * kTileSide * count)]);
+      for (int64_t k = 0; k < num_tiles * kTileSide * count; ++k) panels[size_t(k)] = float(random.uniform());
+      const auto at = [&](int64_t i, int64_t j) {
+        return double(panels[size_t(j / width * stride + i * width + j % width)]);
+      };
+      for (const SumLengths lengths : {SumLengths{4, 16}, SumLengths{28, 28}, SumLengths{128, 1024}}) {
+        const std::unique_ptr<double[]> products(new double[size_t(dim * dim)]);
+        for (int64_t k = 0; k < dim * dim; ++k) products[size_t(k)] = 0.5;
+        for (int64_t row = 0; row < num_tiles; ++row)
+          for (int64_t column = 0; column <= row; ++column)
+            table.products(panels.get(), stride, count, lengths, row, column, dim, products.get());
+        for (int64_t i = 0; i < dim; ++i)
+          for (int64_t j = 0; j < dim; ++j) {
+            double wanted = 0.5;
+            for (int64_t k = 0; k < count && j <= i; ++k) wanted += at(k, i) * at(k, j);
+            const double found = products[size_t(i * dim + j)];
+            CHECK(std::fabs(found - wanted) <= 2e-7 * double(count), "%s products %lldx%lld (%lld, %lld): %.9g, %.9g",
+                  table.name, (long long)count, (long long)dim, (long long)i, (long long)j, found, wanted);
+          }
+      }
+    }
+}
+
 void test_streams(const KernelTable& table) {
   Random random(5);
   for (const int64_t size : {0, 1, 15, 63, 64, 65, 255, 256, 257, 1000, 4097})
@@ -424,6 +482,7 @@ void test_threads() {
   const Rows seen{rows.range(), kFloat32};
   std::vector<int64_t> sums[2];
   std::vector<uint64_t> keys[2];
+  std::vector<double> products[2];
   std::string out[2];
   for (const int run : {0, 1}) {
     const int num_threads = run ? 4 : 1;
@@ -431,15 +490,21 @@ void test_threads() {
     keys[run].assign(kCount, 1);
     Block result(kCount, kDim, kFloat32, {0, 0});
     for (const BadRows& bad :
-         {moments(seen, sums[run].data(), keys[run].data(), num_threads),
+         {moments(seen, sums[run].data(), keys[run].data(), nullptr, num_threads),
           transformed_moments(seen, vectors, sums[run].data(), num_threads),
           row_transform(seen, {&vectors}, nullptr, result.data(), result.stride(), kFloat32, num_threads),
           find_bad_rows(seen, num_threads)}) {
       CHECK(bad.first == 17000 && bad.num_nonfinite == 1 && bad.num_zero == 0, "%d threads", num_threads);
     }
+    products[run].assign(kDim * kDim, 0);
+    std::vector<int64_t> with_products(kDim, 0);
+    const BadRows bad =
+        covariance(seen, map.shift.data(), with_products.data(), nullptr, products[run].data(), 5, num_threads);
+    CHECK(bad.first == 17000 && bad.num_nonfinite == 1, "%d threads", num_threads);
     out[run].assign(result.data(), size_t(kCount * result.stride()));
   }
   CHECK(sums[0] == sums[1], "sums depend on the threads");
+  CHECK(products[0] == products[1], "products depend on the threads");
   CHECK(keys[0] == keys[1] && keys[0][17000] == 0, "keys depend on the threads");
   CHECK(out[0] == out[1], "rows depend on the threads");
 }
@@ -455,6 +520,7 @@ int main() {
 #endif
   for (const KernelTable* table : tables) {
     test_table(*table);
+    test_products(*table);
     test_streams(*table);
     std::printf("kernels: %s passed\n", table->name);
   }

@@ -1,0 +1,73 @@
+"""Sums of products of unit rows about a pilot: what a covariance is made of.
+
+The pilot, the mean of some of the first rows, keeps digits: sums about zero would be hardly larger than the squared
+mean that is subtracted from them. Merged by the formula of Chan, Golub and LeVeque (Updating formulae and a pairwise
+algorithm for computing sample variances, 1979).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Matrix = NDArray[np.float64]
+
+
+class Products:
+    """`sums` `(dim, dim)`, of `(u - pilot)(u - pilot)^T`: the lower triangle; what is above it means nothing.
+
+    Attributes
+    ----------
+    pilot : ndarray
+        `(dim,)` float64, of float32 numbers: the same for kernels of either precision.
+    chosen : bool
+        Whether there is a pilot yet.
+    """
+
+    __slots__ = ("chosen", "pilot", "sums")
+
+    def __init__(self, dim: int) -> None:
+        self.chosen = False
+        self.pilot: NDArray[np.float64] = np.zeros(dim)
+        self.sums: Matrix = np.zeros((dim, dim))
+
+    def choose_pilot(self, mean: NDArray[np.float64]) -> None:
+        """Take the mean of some rows, before any is added."""
+        self.pilot = mean.astype(np.float32).astype(np.float64)
+        self.chosen = True
+
+    def add_zeros(self, count: int) -> None:
+        """Add so many zero vectors."""
+        if count:
+            self.sums += count * np.outer(self.pilot, self.pilot)
+
+    def about(self, pilot: NDArray[np.float64], count: int, total: NDArray[np.float64]) -> Matrix:
+        """Return the sums about another pilot, given the number of rows and their sum `(dim,)`."""
+        shift = self.pilot - pilot
+        mixed = np.outer(total - count * self.pilot, shift)
+        about: Matrix = self.sums + mixed + mixed.T + count * np.outer(shift, shift)
+        return about
+
+    def covariance(self, count: int, mean: NDArray[np.float64]) -> Matrix:
+        """Return it, symmetric, ddof 0."""
+        offset = mean - self.pilot
+        lower = np.tril(self.sums / count - np.outer(offset, offset))
+        covariance: Matrix = lower + np.tril(lower, -1).T
+        return covariance
+
+    def copy(self) -> Products:
+        """Return an independent copy."""
+        copied = Products(len(self.pilot))
+        copied.chosen, copied.pilot, copied.sums = self.chosen, self.pilot, self.sums.copy()
+        return copied
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Products):
+            return NotImplemented
+        return (
+            self.chosen == other.chosen
+            and np.array_equal(self.pilot, other.pilot)
+            and np.array_equal(np.tril(self.sums), np.tril(other.sums))
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # a mutable value
