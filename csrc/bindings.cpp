@@ -14,6 +14,7 @@
 #include "moments.h"
 #include "pickle_scan.h"
 #include "row_transform.h"
+#include "stages.h"
 #include "xxh64.h"
 
 namespace py = pybind11;
@@ -164,17 +165,25 @@ void check_shape(const py::array& array, const char* name, const py::array& rows
                           shape_of(array));
 }
 
-py::tuple transform_into(const py::array& array, bool bfloat16, const py::array& out_array, bool out_bfloat16,
-                         const std::vector<const RowMap*>& maps, const int64_t* domain, int num_threads) {
-  const Rows rows = rows_of(array, bfloat16, "rows");
+// `out_array` as rows of that dimension to write to, given those that are read.
+Rows out_rows_of(const py::array& out_array, bool out_bfloat16, const Rows& rows, int64_t dim) {
   const Rows out = rows_of(out_array, out_bfloat16, "out");
   if (!out_array.writeable()) throw py::value_error("out must be writeable");
-  check_shape(out_array, "out", array);
+  if (out.range.num_rows != rows.range.num_rows || out.range.dim != dim)
+    throw py::value_error("out must have shape (" + std::to_string(rows.range.num_rows) + ", " + std::to_string(dim) +
+                          "), got " + shape_of(out_array));
   if (out.range.num_rows > 1 && std::abs(out.range.stride) < out.range.dim * kItemsize[out.dtype])
     throw py::value_error("out must not have rows that overlap");
   const bool in_place = out.range.data == rows.range.data && out.range.stride == rows.range.stride &&
-                        kItemsize[out.dtype] == kItemsize[rows.dtype];
+                        out.range.dim == rows.range.dim && kItemsize[out.dtype] == kItemsize[rows.dtype];
   if (!in_place && overlap(rows, out)) throw py::value_error("out must be rows themselves or not overlap them");
+  return out;
+}
+
+py::tuple transform_into(const py::array& array, bool bfloat16, const py::array& out_array, bool out_bfloat16,
+                         const std::vector<const RowMap*>& maps, const int64_t* domain, int num_threads) {
+  const Rows rows = rows_of(array, bfloat16, "rows");
+  const Rows out = out_rows_of(out_array, out_bfloat16, rows, rows.range.dim);
   for (const RowMap* map : maps) check_dim(*map, array);
   BadRows bad;
   {
@@ -200,6 +209,69 @@ py::tuple py_row_transform_by_domain(const py::array& array, bool bfloat16, cons
       throw py::value_error("domain must lie in [0, " + std::to_string(maps.size()) + "), got " +
                             std::to_string(domain[i]) + " for row " + std::to_string(i));
   return transform_into(array, bfloat16, out, out_bfloat16, maps, domain, num_threads);
+}
+
+AffineMap make_affine(const py::array& matrix, const py::array& centre, const py::array& offset) {
+  if (matrix.ndim() != 2 || matrix.shape(0) < 1 || matrix.shape(0) > matrix.shape(1))
+    throw py::value_error("matrix must have shape (out_dim, dim) with out_dim from 1 to dim, got " + shape_of(matrix));
+  const int64_t out_dim = matrix.shape(0), dim = matrix.shape(1);
+  const double* elements = matrix_of(matrix, out_dim, dim, "matrix", false);
+  const double* from = vector_of<double>(centre, dim, "centre", false);
+  return AffineMap(elements, from, vector_of<double>(offset, out_dim, "offset", false), out_dim, dim);
+}
+
+void check_dim(const AffineMap& affine, const py::array& array) {
+  if (affine.dim() != array.shape(1))
+    throw py::value_error("rows must have the dimension of affine, " + std::to_string(affine.dim()) + ", got shape " +
+                          shape_of(array));
+}
+
+void check_dims(const AffineMap& affine, const RowMap& map) {
+  if (map.dim() != affine.out_dim())
+    throw py::value_error("row_map must have the dimension that affine gives, " + std::to_string(affine.out_dim()) +
+                          ", got " + std::to_string(map.dim()));
+}
+
+py::tuple py_staged_transform(const py::array& array, bool bfloat16, const py::array& out_array, bool out_bfloat16,
+                              const AffineMap* affine, const RowMap* map, double noise_std, uint64_t seed,
+                              const py::object& index, int64_t first_index, int num_threads) {
+  const Rows rows = rows_of(array, bfloat16, "rows");
+  if (affine) check_dim(*affine, array);
+  if (affine && map) check_dims(*affine, *map);
+  if (!affine && !map) throw py::value_error("affine and row_map must not both be None");
+  if (!affine) check_dim(*map, array);
+  const Rows out = out_rows_of(out_array, out_bfloat16, rows, affine ? affine->out_dim() : rows.range.dim);
+  if (!(noise_std >= 0 && std::isfinite(noise_std)))
+    throw py::value_error("noise_std must be finite and at least 0, got " + std::to_string(noise_std));
+  const int64_t* numbers = nullptr;
+  if (!index.is_none()) {
+    if (!py::isinstance<py::array>(index)) throw py::type_error("index must be an array of int64 or None");
+    numbers = vector_of<int64_t>(py::reinterpret_borrow<py::array>(index), rows.range.num_rows, "index", false);
+  }
+  const Noise noise{noise_std, seed, numbers, first_index};
+  BadRows bad;
+  {
+    const int threads = threads_of(num_threads);
+    py::gil_scoped_release release;
+    bad = staged_transform(rows, {affine, map, noise_std > 0 ? &noise : nullptr}, const_cast<char*>(out.range.data),
+                           out.range.stride, out.dtype, threads);
+  }
+  return tuple_of(bad);
+}
+
+py::tuple py_affine_moments(const py::array& array, bool bfloat16, const AffineMap& affine, const RowMap& map,
+                            const py::array& sums, int num_threads) {
+  const Rows rows = rows_of(array, bfloat16, "rows");
+  check_dim(affine, array);
+  check_dims(affine, map);
+  int64_t* sum = vector_of<int64_t>(sums, affine.out_dim(), "sums", true);
+  BadRows bad;
+  {
+    const int threads = threads_of(num_threads);
+    py::gil_scoped_release release;
+    bad = affine_moments(rows, affine, map, sum, threads);
+  }
+  return tuple_of(bad);
 }
 
 void py_row_transform_backward(const py::array& array, bool bfloat16, const py::array& grad_array, bool grad_bfloat16,
@@ -316,6 +388,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("row_transform_by_domain", &py_row_transform_by_domain, py::arg("rows").noconvert(), py::arg("bfloat16"),
         py::arg("out").noconvert(), py::arg("out_bfloat16"), py::arg("row_maps"), py::arg("domain").noconvert(),
         py::arg("num_threads"));
+  py::class_<AffineMap>(m, "AffineMap", py::module_local())
+      .def(py::init(&make_affine), py::arg("matrix").noconvert(), py::arg("centre").noconvert(),
+           py::arg("offset").noconvert())
+      .def_property_readonly("dim", &AffineMap::dim)
+      .def_property_readonly("out_dim", &AffineMap::out_dim);
+  m.def("staged_transform", &py_staged_transform, py::arg("rows").noconvert(), py::arg("bfloat16"),
+        py::arg("out").noconvert(), py::arg("out_bfloat16"), py::arg("affine").none(true),
+        py::arg("row_map").none(true), py::arg("noise_std"), py::arg("seed"), py::arg("index").none(true),
+        py::arg("first_index"), py::arg("num_threads"));
+  m.def("affine_moments", &py_affine_moments, py::arg("rows").noconvert(), py::arg("bfloat16"), py::arg("affine"),
+        py::arg("row_map"), py::arg("sums").noconvert(), py::arg("num_threads"));
   m.def("row_transform_backward", &py_row_transform_backward, py::arg("rows").noconvert(), py::arg("bfloat16"),
         py::arg("grad").noconvert(), py::arg("grad_bfloat16"), py::arg("out").noconvert(), py::arg("row_map"),
         py::arg("num_threads"));

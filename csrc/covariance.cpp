@@ -32,7 +32,7 @@ BadRows covariance(const Rows& rows, const double* pilot, int64_t* sums, uint64_
   const int64_t block_rows = std::min(kBlockRows, num_rows);
   AlignedVector<float> panels(num_tiles * kTileSide * block_rows), minus_pilot(dim + kPadding);
   for (int64_t j = 0; j < dim; ++j) minus_pilot.data()[j] = -float(pilot[j]);
-  const Panels to{panels.data(), width * block_rows, pilot, minus_pilot.data()};
+  const Panels to{panels.data(), width, width * block_rows, pilot, minus_pilot.data()};
   const SumLengths lengths = sum_lengths(num_seen + num_rows, dim);
   const int64_t tile_bytes = kTileSide * kTileSide * int64_t(sizeof(double));
   BadRows all;

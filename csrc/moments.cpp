@@ -38,13 +38,12 @@ BadRows sum_parts(const Rows& rows, int64_t* sums, int num_threads, const Kernel
 }  // namespace
 
 BadRows moments(const Rows& rows, int64_t* sums, uint64_t* keys, const Panels* panels, int num_threads) {
-  const KernelTable& table = current_table();
-  const MomentsKernel kernel = table.moments[rows.dtype];
+  const MomentsKernel kernel = current_table().moments[rows.dtype];
   const AlignedVector<float> direction = keys ? projection(rows.range.dim) : AlignedVector<float>();
   return sum_parts(
       rows, sums, num_threads, [&](const RowRange& range, int64_t first, int64_t* part, double* scratch, BadRows* bad) {
         Panels from;
-        if (panels) from = panels->from(first * table.panel_width);
+        if (panels) from = panels->from(first);
         kernel(range, part, keys ? keys + first : nullptr, direction.data(), panels ? &from : nullptr, scratch, bad);
       });
 }

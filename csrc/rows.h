@@ -50,10 +50,10 @@ inline void add_bad_rows(const BadRows& of_range, int64_t begin, BadRows* all) {
   all->first = all->first < 0 ? first : std::min(all->first, first);
 }
 
-// Calls kernel(part, rows, first of them, scratch, bad rows) on one range of the rows after the other and returns what
-// all of them met.
+// Calls kernel(part, rows, first of them, scratch, bad rows) on one range of the rows after the other, that begin at
+// multiples of `multiple`, and returns what all of them met.
 template <typename Kernel>
-BadRows for_each_range(const Rows& rows, int num_parts, const Kernel& kernel) {
+BadRows for_each_range(const Rows& rows, int num_parts, const Kernel& kernel, int64_t multiple = kRowsPerBlock) {
   struct Part {
     AlignedVector<double> scratch;
     BadRows met;
@@ -61,7 +61,7 @@ BadRows for_each_range(const Rows& rows, int num_parts, const Kernel& kernel) {
   std::vector<Part> parts;
   for (int part = 0; part < num_parts; ++part) parts.push_back({AlignedVector<double>(rows.range.dim), BadRows()});
   const int64_t row_bytes = rows.range.dim * kItemsize[rows.dtype];
-  parallel_for(num_parts, rows.range.num_rows, row_bytes, kRowsPerBlock, [&](int part, int64_t begin, int64_t end) {
+  parallel_for(num_parts, rows.range.num_rows, row_bytes, multiple, [&](int part, int64_t begin, int64_t end) {
     Part& mine = parts[size_t(part)];
     BadRows bad;
     kernel(part, rows.part(begin, end), begin, mine.scratch.data(), &bad);

@@ -49,16 +49,16 @@ struct BadRows {
   int64_t first = -1;  // relative to the range
 };
 
-// Where unit rows go, less a pilot, as the matrix kernels read them: in panels of `panel_width` columns, each of them
-// row after row. Element (i, j) is data[j / panel_width * stride + i * panel_width + j % panel_width]; bad rows are
-// zeros, and elements beyond dim up to the end of a vector too.
+// Where unit rows go, less a pilot, as the matrix kernels read them: in panels of `width` columns, each of them row
+// after row. Element (i, j) is data[j / width * stride + i * width + j % width]; bad rows are zeros, and elements
+// beyond dim up to the end of a vector too.
 struct Panels {
   float* data;
-  int64_t stride;
+  int64_t width, stride;
   const double* pilot;
   const float* minus_pilot;  // padded
 
-  Panels from(int64_t elements) const { return {data + elements, stride, pilot, minus_pilot}; }
+  Panels from(int64_t row) const { return {data + row * width, width, stride, pilot, minus_pilot}; }
 };
 
 // `scratch` holds dim doubles. `keys` and `projection` (padded) may be null together, `panels` alone.
@@ -79,6 +79,25 @@ struct SumLengths {
 // products[i][j] += sum of row[i] row[j] over rows in panels, for the i and j <= i of one tile of the result.
 using ProductsKernel = void (*)(const float* panels, int64_t stride, int64_t num_rows, SumLengths, int64_t tile_row,
                                 int64_t tile_column, int64_t dim, double* products);
+// out[i] += matrix rows[i], for whole groups of kRowsPerBlock rows; the matrix lies in panels of `panel_width` of its
+// rows, column after column. Rows of `out` have whole panels too.
+using AffineKernel = void (*)(const float* rows, int64_t row_stride, int64_t num_rows, int64_t dim, const float* matrix,
+                              int64_t out_dim, float* out, int64_t out_stride);
+
+// Gaussian noise that depends on the seed and the number of a row alone.
+struct Noise {
+  double std;  // of an element
+  uint64_t seed;
+  const int64_t* index;  // numbers of the rows; where null, they count from `first`
+  int64_t first;
+
+  int64_t number(int64_t row) const { return index ? index[row] : first + row; }
+  Noise from(int64_t row) const { return {std, seed, index ? index + row : nullptr, first + row}; }
+};
+
+// Rows of float32 on their way out, as they are, or as pi(row + noise); rows of zeros stay so. `scratch` holds a row.
+using WriteKernel = void (*)(const float* rows, int64_t row_stride, int64_t num_rows, int64_t dim, const Noise*,
+                             char* out, int64_t out_stride, float* scratch);
 using FindBadRowsKernel = void (*)(const RowRange&, double* scratch, BadRows*);
 
 struct KernelTable {
@@ -90,6 +109,8 @@ struct KernelTable {
   FindBadRowsKernel find_bad_rows[kNumDtypes];
   int64_t panel_width;
   ProductsKernel products;
+  AffineKernel affine;
+  WriteKernel write[kNumDtypes];
   uint64_t (*stream_read)(const char* data, int64_t size);
   void (*stream_copy)(const char* source, char* target, int64_t size, bool nontemporal);
 };

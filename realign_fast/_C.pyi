@@ -102,6 +102,51 @@ def row_transform_by_domain(
 ) -> BadRows:
     """As `row_transform`, row `i` by `row_maps[domain[i]]`. ValueError where there is no such map."""
 
+class AffineMap:
+    """`matrix (u - centre) + offset` of unit rows `u = pi(row)`, prepared for the kernels.
+
+    `matrix` is contiguous (out_dim, dim), out_dim at most dim, `centre` (dim,), `offset` (out_dim,); all are copied,
+    as float32.
+    """
+
+    def __init__(
+        self, matrix: NDArray[np.float64], centre: NDArray[np.float64], offset: NDArray[np.float64]
+    ) -> None: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def out_dim(self) -> int: ...
+
+def staged_transform(
+    rows: Rows,
+    bfloat16: bool,
+    out: Rows,
+    out_bfloat16: bool,
+    affine: AffineMap | None,
+    row_map: RowMap | None,
+    noise_std: float,
+    seed: int,
+    index: NDArray[np.int64] | None,
+    first_index: int,
+    num_threads: int,
+) -> BadRows:
+    """Write what becomes of each row in steps that are each left out where not given; a bad row becomes zeros.
+
+    `affine`, else `row_map`, then the other of them, then `pi(row + noise_std * n)`, `n` Gaussian: Philox 4x32-10 and
+    Box-Muller, of `seed` and the row's number, `index[i]` or `first_index + i`. All steps after the first are in
+    float32. `out` may be `rows` itself where the dimension stays; it must not overlap it otherwise.
+    """
+
+def affine_moments(
+    rows: Rows,
+    bfloat16: bool,
+    affine: AffineMap,
+    row_map: RowMap,
+    sums: NDArray[np.int64],
+    num_threads: int,
+) -> BadRows:
+    """As `moments`, of what `affine`, then `row_map` make of the rows; nothing is written."""
+
 def row_transform_backward(
     rows: Rows,
     bfloat16: bool,

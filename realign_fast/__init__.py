@@ -2,7 +2,7 @@
 
 `fit` reads text and image embeddings and returns an `Alignment`; its `transform` maps text embeddings to where image
 embeddings lie, and `nn.ReAlign` is the same as a layer of torch. `Moments` are the statistics, for those who gather
-them elsewhere.
+them elsewhere, and `Whitener` whitens one set.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     from .alignment import Alignment, fit, fit_from_moments
     from .bank import AlignmentBank
     from .moments import Moments
+    from .whitening import Whitener
 
-__all__ = ["Alignment", "AlignmentBank", "Moments", "__version__", "fit", "fit_from_moments"]
+__all__ = ["Alignment", "AlignmentBank", "Moments", "Whitener", "__version__", "fit", "fit_from_moments"]
 
 _HOMES = {
     "Alignment": "alignment",
     "AlignmentBank": "bank",
     "Moments": "moments",
+    "Whitener": "whitening",
     "fit": "alignment",
     "fit_from_moments": "alignment",
 }

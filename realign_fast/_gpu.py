@@ -11,18 +11,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from . import _C
+from . import _C, _triton_rows
 from ._dtypes import Rows
 from ._errors import BadRowsError
 from ._progress import progress as show_progress
 from ._reader import Reader, take_rows
 from ._rows import dtype_name, host_values
 from ._sample import Sample
-from ._triton_rows import Accumulator, read_bad_rows, row_transform
+from ._steps import Noise
+from ._torch_steps import staged_transform
+from ._triton_rows import Accumulator, affine, read_bad_rows, row_transform
 from .backends import count_threads
 from .io.sources import MemorySource, Source
 from .kernels._rows import on_device
-from .methods import Parameters, ParametersTable
+from .methods import Parameters
 from .moments import Moments, Precision
 
 _DEPTH = 3  # batches in flight
@@ -149,8 +151,15 @@ class DeviceReader(Reader):
 
     def transformed_moments(self, source: Source, parameters: Parameters) -> Moments:
         """Return the moments of what the map makes of all rows."""
-        maps = parameters.alone.on(self._device)
-        add = lambda accumulator, slot: accumulator.add_transformed(slot.rows, maps)  # noqa: E731
+        maps, step = parameters.alone.on(self._device), parameters.affine
+
+        def add(accumulator: Accumulator, slot: Slot) -> None:
+            rows = slot.rows
+            if step is not None:  # bad rows become zeros, and are counted as such
+                rows = torch.empty(rows.shape, dtype=torch.float32, device=self._device)
+                affine(slot.rows, rows, step)
+            accumulator.add_transformed(rows, maps)
+
         return self._read(source, Moments(source.dim), add)
 
     def _read(self, source: Source, moments: Moments, add: Callable[[Accumulator, Slot], None]) -> Moments:
@@ -201,14 +210,15 @@ class DeviceReader(Reader):
 class DeviceTransform:
     """Maps rows of host memory through a device; each thread that calls it needs one of its own."""
 
-    def __init__(self, maps: ParametersTable, device: Any, num_threads: int | None) -> None:
+    def __init__(self, parameters: Parameters, device: Any, num_threads: int | None) -> None:
         self._device = torch.device(device)
+        self._parameters = parameters
         with on_device(self._device):
-            self._maps = maps.on(self._device)
             self._feed = Feed(self._device, num_threads)
 
-    def __call__(self, rows: Rows, out: Rows, num_threads: int) -> tuple[int, int, int]:
+    def __call__(self, rows: Rows, out: Rows, num_threads: int, noise: Noise | None) -> tuple[int, int, int]:
         """Map `rows` into `out`; return `(num_zero, num_nonfinite, first_bad)`, bad rows being zeros."""
+        step, table = self._parameters.affine, self._parameters.alone
         found: list[tuple[int, tuple[int, int, int]]] = []
         waiting: list[tuple[Slot, torch.Tensor, torch.Tensor]] = []
 
@@ -222,7 +232,12 @@ class DeviceTransform:
             for slot in self._feed.slots(_pieces(rows)):
                 host, mapped = slot.buffers("mapped", tuple(slot.rows.shape), getattr(torch, out.dtype))
                 host_counts, _ = slot.buffers("counts", (3,), torch.int64)
-                host_counts.copy_(row_transform(slot.rows, mapped, self._maps, None), non_blocking=True)
+                if step is None and noise is None:
+                    counts = row_transform(slot.rows, mapped, table.on(self._device), None)
+                else:
+                    here = noise and noise.of_rows(slot.start, len(slot.rows))
+                    ((_, counts),) = staged_transform(_triton_rows, slot.rows, mapped, step, table, here)
+                host_counts.copy_(counts, non_blocking=True)
                 host.copy_(mapped, non_blocking=True)
                 if waiting:
                     finish()

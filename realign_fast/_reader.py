@@ -76,9 +76,10 @@ class Reader:
     def transformed_moments(self, source: Source, parameters: Parameters) -> Moments:
         """Return the moments of what the map makes of all rows; raises as `moments`."""
         moments = Moments(source.dim)
+        affine = None if parameters.affine is None else parameters.affine.for_kernels
         for batch in self._batches(source):
             with _located(batch):
-                moments.update_transformed(batch.rows, parameters.row_map, self._on_bad_rows, self._num_threads)
+                moments.update_transformed(batch.rows, affine, parameters.row_map, self._on_bad_rows, self._num_threads)
         return moments
 
     def _num_rows(self, source: Source) -> int | None:

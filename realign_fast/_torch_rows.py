@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ._steps import Affine
 from .kernels._maps import Maps
 
 _CHUNK_ELEMENTS = 1 << 24  # bounds the temporaries
@@ -34,20 +35,54 @@ def row_transform(x: torch.Tensor, out: torch.Tensor, maps: Maps, domain: torch.
     is none. Computes in float64 where `x` or `out` is float64, else in float32.
     """
     scale, shift, correction = _in_dtype(maps, x.dtype, out.dtype)
-    counts = torch.zeros(3, dtype=torch.int64, device=x.device)
-    first = torch.full_like(counts[2], len(x))
+    counts = _Counts(x)
     for rows in _chunks(x):
         chunk, _, zero, nonfinite = _finite(x[rows].to(scale.dtype))
         of = slice(0, 1) if domain is None else domain[rows]
         mapped = _project(_project(_project(chunk) * scale[of, None] + shift[of]) + correction[of])
+        out[rows] = mapped.masked_fill_(counts.add(rows, zero, nonfinite)[:, None], 0)
+    return counts.read()
+
+
+class _Counts:
+    """Bad rows of `x`, counted on its device."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self._counts = torch.zeros(3, dtype=torch.int64, device=x.device)
+        self._num_rows = len(x)
+        self._first = torch.full_like(self._counts[2], len(x))
+
+    def add(self, rows: slice, zero: torch.Tensor, nonfinite: torch.Tensor) -> torch.Tensor:
+        """Count those of a chunk and return which they are."""
         bad = zero | nonfinite
-        out[rows] = mapped.masked_fill_(bad[:, None], 0)
-        counts[0] += zero.sum()
-        counts[1] += nonfinite.sum()
-        numbers = torch.arange(rows.start, rows.start + len(bad), device=x.device)
-        first = torch.minimum(first, torch.where(bad, numbers, len(x)).amin())
-    counts[2] = torch.where(first < len(x), first, -1)
-    return counts
+        self._counts[0] += zero.sum()
+        self._counts[1] += nonfinite.sum()
+        numbers = torch.arange(rows.start, rows.start + len(bad), device=bad.device)
+        self._first = torch.minimum(self._first, torch.where(bad, numbers, self._num_rows).amin())
+        return bad
+
+    def read(self) -> torch.Tensor:
+        self._counts[2] = torch.where(self._first < self._num_rows, self._first, -1)
+        return self._counts
+
+
+def affine(x: torch.Tensor, out: torch.Tensor, step: Affine) -> torch.Tensor:
+    """Write `matrix u + offset` of each row of `x` `(n, dim)`, computed in the dtype of `out`, float32 or float64.
+
+    Bad rows become zeros; returns counts of them as `row_transform`.
+    """
+
+    def make(step: Affine) -> tuple[torch.Tensor, ...]:
+        parts = step.matrix.T, step.centre, step.centred_offset
+        return tuple(torch.tensor(each, dtype=out.dtype, device=x.device) for each in parts)
+
+    matrix, centre, offset = step.on((x.device, out.dtype), make)
+    counts = _Counts(x)
+    for rows in _chunks(x):
+        chunk, _, zero, nonfinite = _finite(x[rows].to(out.dtype))
+        mapped = torch.addmm(offset, _project(chunk) - centre, matrix)
+        out[rows] = mapped.masked_fill_(counts.add(rows, zero, nonfinite)[:, None], 0)
+    return counts.read()
 
 
 def row_transform_backward(x: torch.Tensor, grad_out: torch.Tensor, grad_x: torch.Tensor, maps: Maps) -> None:

@@ -6,12 +6,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ._steps import Affine
 from .kernels import _rows
 from .kernels import covariance as covariance_kernels
 from .kernels import moments as moments_kernels
 from .kernels import row_transform as kernels
+from .kernels import whitening as whitening_kernels
 from .kernels._maps import Maps
 from .kernels._rows import read_bad_rows as read_bad_rows
+from .kernels.whitening import Weights
 
 
 def row_transform(x: torch.Tensor, out: torch.Tensor, maps: Maps, domain: torch.Tensor | None) -> torch.Tensor:
@@ -21,6 +24,23 @@ def row_transform(x: torch.Tensor, out: torch.Tensor, maps: Maps, domain: torch.
     """
     bad_rows: torch.Tensor = _rows.new_bad_rows(x.device)
     kernels.row_transform(with_contiguous_rows(x), out, maps, bad_rows, domain)
+    return bad_rows
+
+
+def affine(x: torch.Tensor, out: torch.Tensor, step: Affine) -> torch.Tensor:
+    """Write `matrix u + offset` of each row of `x` `(n, dim)` to `out` `(n, out_dim)`; zeros for bad ones.
+
+    Returns counts of them for `read_bad_rows`.
+    """
+
+    def make(step: Affine) -> Weights:
+        weights = Weights.of(torch.tensor(step.matrix), torch.tensor(step.centre), x.dtype)
+        # The kernel subtracts an offset from the product with the whole row: that of the centre, less what is added.
+        offset = weights.offset - torch.tensor(step.centred_offset, dtype=torch.float32)
+        return Weights(weights.weight.to(x.device), weights.scale, offset.to(x.device))
+
+    bad_rows: torch.Tensor = _rows.new_bad_rows(x.device)
+    whitening_kernels.whiten(with_contiguous_rows(x), step.on((x.device, x.dtype), make), out, bad_rows)
     return bad_rows
 
 

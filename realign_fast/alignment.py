@@ -21,10 +21,11 @@ from ._dtypes import Rows
 from ._progress import progress as show_progress
 from ._reader import Reader, reader_for
 from ._sample import Sample
-from ._transform import raise_if_bad, transform_by, transform_rows
+from ._steps import Affine, Noise
+from ._transform import Steps, raise_if_bad, transform_by, transform_rows
 from .backends import check_has_kernels, choose, find_device
 from .io.sources import Batch, Source, count_rows, file_paths, open_source
-from .methods import Method, Parameters, ParametersTable, Solution, check_sets, get_method
+from .methods import Method, Parameters, Solution, check_sets, get_method
 from .moments import Moments, OnBadRows, Precision, check_on_bad_rows
 
 Side = Literal["source", "target"]
@@ -91,14 +92,17 @@ class Drift:
 class Alignment:
     """A fitted map `out = pi(pi(scale * u + shift) + correction)` of rows, with `u = pi(row)`, `pi(z) = z / ||z||`.
 
-    Made by `fit`, `fit_from_moments` or `Alignment.load`; nothing in it changes afterwards.
+    Some methods have a matrix where the scale stands, "c3" adds noise. Made by `fit`, `fit_from_moments` or
+    `Alignment.load`; nothing in it changes afterwards.
 
     Attributes
     ----------
     method : str
-        Name of the map: "anchor", "anchor_trace" or "realign".
+        Name of the map, see `fit`.
     parameters : Parameters
-        `scale`, `shift` and `correction`, also at hand under these names.
+        `scale`, `shift` and `correction`, also at hand under these names; `affine`, the matrix; `noise_std`.
+    target_parameters : Parameters or None
+        What becomes of target rows, where that is more than unit length ("center", "whiten").
     source, target : SetStatistics
         Of the two sets it was fitted on.
     report : dict
@@ -116,6 +120,7 @@ class Alignment:
     report: dict[str, Any] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
     encoder: str | None = None
+    target_parameters: Parameters | None = None
 
     @property
     def dim(self) -> int:
@@ -124,7 +129,9 @@ class Alignment:
 
     @property
     def scale(self) -> float:
-        """`s`, the ratio of the spreads."""
+        """`s`, the ratio of the spreads. ValueError for methods that have a matrix instead."""
+        if self.parameters.affine is not None:
+            raise ValueError(f"method {self.method!r} has a matrix and no scale: see parameters.affine")
         return self.parameters.scale
 
     @property
@@ -141,9 +148,14 @@ class Alignment:
     def fingerprint(self) -> str:
         """Hash of what the map computes; equal for alignments that map every row alike."""
         digest = _C.XXH64()
-        digest.update(f"{self.method} {self.scale.hex()}".encode())
+        digest.update(f"{self.method} {self.parameters.scale.hex()}".encode())
         digest.update(self.shift.tobytes())
         digest.update(self.correction.tobytes())
+        if self.parameters.noise_std:
+            digest.update(self.parameters.noise_std.hex().encode())
+        for name, tensor in _more_tensors(self).items():
+            digest.update(name.encode())
+            digest.update(tensor.tobytes())
         return digest.hexdigest()
 
     def __repr__(self) -> str:
@@ -159,6 +171,9 @@ class Alignment:
         num_threads: int | None = None,
         side: Side = "source",
         on_bad_rows: Literal["raise", "zero"] = "raise",
+        noise_std: float | None = None,
+        seed: int = 0,
+        index: Any = None,
     ) -> Any:
         """Map rows; an array gives an array, a tensor a tensor, of the same dtype and on the same device.
 
@@ -177,9 +192,16 @@ class Alignment:
         num_threads
             Of the C++ kernels; by default the cores this process may use, and one inside a DataLoader worker.
         side
-            "source" maps text; "target" brings image rows to unit length, as all mapped rows have.
+            "source" maps text; "target" brings image rows to unit length, as all mapped rows have, or for methods that
+            map both sides ("center", "whiten") maps them too.
         on_bad_rows
             What becomes of rows with NaN, infinity or norm zero: "raise", or "zero", which makes them zeros.
+        noise_std
+            Standard deviation of an element of Gaussian noise, for training: `pi(mapped + noise_std n)`, in float32. By
+            default that of the map, which is 0 but for "c3"; target rows get none by default.
+        seed, index
+            The noise of a row depends on the seed and the row's number alone: `index` is one for each row, of shape
+            `(...)`, or that of the first of them; by default 0. For other noise in each epoch, change the seed.
 
         Raises
         ------
@@ -188,9 +210,10 @@ class Alignment:
         TypeError, ValueError
             If an argument has the wrong kind, dtype, shape or layout.
         """
+        parameters = self.parameters_of(side)
+        std = parameters.noise_std if noise_std is None else noise_std
         return transform_by(
-            self.parameters_of(side).alone,
-            None,
+            Steps.of(parameters, Noise.of(std, seed, index, tuple(getattr(x, "shape", ()))[:-1])),
             x,
             out,
             dtype,
@@ -199,18 +222,12 @@ class Alignment:
             on_bad_rows=on_bad_rows,
         )
 
-    def transform_rows(
-        self, rows: Rows, out: Rows, num_threads: int | None = None, side: Side = "source"
-    ) -> tuple[int, int, int]:
-        """Map rows of host memory into `out`; return `(num_zero, num_nonfinite, first_bad)`, bad rows being zeros."""
-        return transform_rows(self.parameters_of(side).alone, None, rows, out, num_threads)
-
     def parameters_of(self, side: str) -> Parameters:
-        """Return the map of that side: of the source its own, of the target the projection to unit length."""
+        """Return the map of that side: of the target the projection to unit length, where it has no map of its own."""
         if side == "source":
             return self.parameters
         if side == "target":
-            return _projection(self.dim)
+            return _projection(self.dim) if self.target_parameters is None else self.target_parameters
         raise ValueError(f"side must be 'source' or 'target', got {side!r}")
 
     def check(self, x: Any, *, side: Side = "source", num_threads: int | None = None) -> Drift:
@@ -243,13 +260,13 @@ class Alignment:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file of float64, whole or not at all; equal alignments give equal bytes."""
         tensors = {
-            "scale": np.array([self.scale]),
+            "scale": np.array([self.parameters.scale]),
             "shift": self.shift,
             "correction": self.correction,
             "source_mean": self.source.mean,
             "target_mean": self.target.mean,
         }
-        fields = {
+        fields: dict[str, Any] = {
             "method": self.method,
             "source": _statistics_fields(self.source),
             "target": _statistics_fields(self.target),
@@ -257,7 +274,11 @@ class Alignment:
             "fingerprints": self.fingerprints,
             "encoder": self.encoder,
         }
-        _files.save(path, "alignment", tensors, fields)
+        more = _more_tensors(self)
+        if not more and not self.parameters.noise_std:
+            return _files.save(path, "alignment", tensors, fields)
+        fields["noise_std"] = self.parameters.noise_std
+        _files.save(path, "alignment", tensors | more, fields, version=2)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Alignment:
@@ -272,22 +293,38 @@ class Alignment:
         """
         vector = (np.dtype(np.float64), 1)
         names = ("scale", "shift", "correction", "source_mean", "target_mean")
-        tensors, fields = _files.load(path, "alignment", dict.fromkeys(names, vector))
+        matrix = (np.dtype(np.float64), 2)
+        more = {name: matrix if name.endswith("matrix") else vector for name in _MORE_TENSORS}
+        tensors, fields = _files.load(path, "alignment", dict.fromkeys(names, vector), optional=more)
         dim = tensors["shift"].size
         for name in names:
             expected = 1 if name == "scale" else dim
             if tensors[name].size != expected or dim == 0:
                 raise ValueError(f"{path}: tensor {name!r} must have {expected} elements, got {tensors[name].size}")
+        for name in _MORE_TENSORS & tensors.keys():
+            wanted = (dim, dim) if name.endswith("matrix") else (dim,)
+            if tensors[name].shape != wanted:
+                raise ValueError(f"{path}: tensor {name!r} must have shape {wanted}, got {tensors[name].shape}")
         try:
             get_method(fields["method"], {})
+            noise_std = float(fields.get("noise_std", 0))
+            if not (0 <= noise_std < np.inf):
+                raise ValueError(f"noise_std is {noise_std}")
             return cls(
                 fields["method"],
-                Parameters(float(tensors["scale"][0]), _frozen(tensors["shift"]), _frozen(tensors["correction"])),
+                Parameters(
+                    float(tensors["scale"][0]),
+                    _frozen(tensors["shift"]),
+                    _frozen(tensors["correction"]),
+                    _affine_of(tensors, ""),
+                    noise_std,
+                ),
                 _statistics(fields["source"], tensors["source_mean"]),
                 _statistics(fields["target"], tensors["target_mean"]),
                 dict(fields["report"]),
                 {str(name): str(value) for name, value in fields["fingerprints"].items()},
                 None if fields["encoder"] is None else str(fields["encoder"]),
+                _target_of(tensors),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: its header is damaged: {error!r}") from error
@@ -319,7 +356,9 @@ def fit(
         Each one an array or tensor `(..., dim)`, a path, glob, directory or list of paths, or an object that can be
         iterated over again and again and gives batches (arrays, tensors, or dicts of which `key` names the rows).
     method
-        "anchor", "anchor_trace" or "realign".
+        "anchor", the mean shift; "anchor_trace"; "realign", both and the centroid; "c3", the mean shift and noise;
+        "center", each side less its own mean, for search; "whiten", each side whitened; "debias", without the
+        directions in which the text varies most; and maps that match covariances: "coral", "bca", "ot".
     on_bad_rows
         What becomes of rows with NaN, infinity or norm zero: "raise"; "skip" leaves them out; "zero" counts them as
         zero vectors.
@@ -337,7 +376,13 @@ def fit(
     progress
         Show progress on stderr.
     **options
-        Of the method: `refine=k` for "realign", Newton steps on the centroid gap that is left in the sample.
+        Of the method. `refine`, of all with a centroid step ("realign", "coral", "bca", "ot", "debias"): Newton steps
+        on the centroid gap that is left in the sample. `sigma` of "c3": the noise of an element. `shrinkage` of
+        "whiten", "coral", "bca" and "ot": the weight of the identity in the covariances, a number in [0, 1],
+        "ledoit_wolf" or "oas", or None. `strength` of "ot": from 0, the trace scale, to 1, the whole transport, or
+        "auto" (the default), which chooses it, and the shrinkage with it, from rows of both sets. `kind` of
+        "whiten": "zca", "pca" or "cholesky". `energy` of "bca": the share of variance in its first block. `k` of
+        "debias": how many directions.
 
     Returns
     -------
@@ -367,14 +412,16 @@ def fit(
     _check_dims(text_source, image_source)
     sources = text_source, image_source
     reader = reader_for(backend, sources, on_bad_rows, num_threads, limit=limit, progress=progress)
-    target, image_sample = reader.moments_and_sample(image_source)
-    source, text_sample = reader.moments_and_sample(text_source)
+    target, image_sample = reader.moments_and_sample(image_source, solver.covariances)
+    source, text_sample = reader.moments_and_sample(text_source, solver.covariances)
     check_sets(source, target)
     text_part, image_part = _Part.whole(text_sample), _Part.whole(image_sample)
     moments_of = partial(reader.transformed_moments, text_source)
-    solution = solver.solve(_Problem(source, target, moments_of, text_part, num_threads), **options)
+    solution = solver.solve(_Problem(source, target, moments_of, text_part, image_part, num_threads), **options)
     report = _report(method, options, source, target, solution)
-    report |= _sample_report(solver, options, text_part, image_part, num_threads)
+    if solution.selection:
+        report["selection"] = solution.selection
+    report |= _sample_report(solver, dict(options) | solution.chosen, text_part, image_part, num_threads)
     prints = {"text": text_source.fingerprint(), "image": image_source.fingerprint()}
     fingerprints = {name: value for name, value in prints.items() if value is not None}
     return _alignment(method, solution, source, target, report, fingerprints, encoder)
@@ -429,7 +476,9 @@ def fit_from_moments(
             _, sample = reader.moments_and_sample(source)
         if (value := source.fingerprint()) is not None:
             fingerprints["text"] = value
-    problem = _Problem(text_moments, image_moments, moments_of, _Part.whole(sample), num_threads)
+    part = _Part.whole(sample)
+    no_part = _Part.whole(Sample(image_moments.dim, "float32", None))
+    problem = _Problem(text_moments, image_moments, moments_of, part, no_part, num_threads)
     solution = solver.solve(problem, **options)
     report = _report(method, options, text_moments, image_moments, solution) | {"in_sample": None, "held_out": None}
     return _alignment(method, solution, text_moments, image_moments, report, fingerprints, encoder)
@@ -450,6 +499,8 @@ def apply_files(
     resume: bool = False,
     overwrite: bool = False,
     num_threads: int | None = None,
+    noise_std: float | None = None,
+    seed: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Map every file of `text` into `out_dir`: same names, same row order, ids and other columns kept.
@@ -464,8 +515,8 @@ def apply_files(
         Of the embeddings written; by default that of the input.
     format
         "same", "npy", "parquet", "safetensors" or "pickle".
-    side, on_bad_rows, num_threads
-        As in `Alignment.transform`.
+    side, on_bad_rows, num_threads, noise_std, seed
+        As in `Alignment.transform`. A row's number is its number in the file, and 2**40 for each file before that.
     backend
         "auto" or "cpu", the C++ kernels; or "triton", which brings the rows to a GPU and back.
     column, id_column
@@ -487,16 +538,20 @@ def apply_files(
 
     check_on_bad_rows(on_bad_rows, skip=False)
     paths = file_paths(text)
-    map_rows = _map_for(alignment.parameters_of(side).alone, backend)
+    parameters = alignment.parameters_of(side)
+    noise = Noise.of(parameters.noise_std if noise_std is None else noise_std, seed, None, ())
+    map_rows = _map_for(parameters, backend)
 
-    def transform(rows: Rows, out: Rows, threads: int) -> tuple[int, int, int]:
+    def transform(rows: Rows, out: Rows, threads: int, number: int) -> tuple[int, int, int]:
         if rows.values.shape[1] != alignment.dim:
             raise ValueError(f"rows have dimension {rows.values.shape[1]}, the alignment has {alignment.dim}")
-        bad = map_rows(rows, out, threads)
+        bad = map_rows(rows, out, threads, noise and noise.of_rows(number, len(rows.values)))
         raise_if_bad(bad, on_bad_rows)
         return bad
 
-    job = {"alignment": alignment.fingerprint, "side": side, "on_bad_rows": on_bad_rows}
+    job: dict[str, Any] = {"alignment": alignment.fingerprint, "side": side, "on_bad_rows": on_bad_rows}
+    if noise is not None:
+        job |= {"noise_std": noise.std, "seed": noise.seed}
     with show_progress("apply", count_rows(paths, column) if progress else None, enabled=progress) as advance:
         return rewrite(
             paths,
@@ -514,21 +569,21 @@ def apply_files(
         )
 
 
-def _map_for(maps: ParametersTable, backend: str) -> Callable[[Rows, Rows, int], tuple[int, int, int]]:
+def _map_for(parameters: Parameters, backend: str) -> Callable[[Rows, Rows, int, Noise | None], tuple[int, int, int]]:
     check_has_kernels(backend, "files")
     if backend != "triton":
-        return partial(transform_rows, maps, None)
+        return lambda rows, out, threads, noise: transform_rows(Steps.of(parameters, noise), rows, out, threads)
     device = find_device()
     choose(backend, device)
     from ._gpu import DeviceTransform
 
     own = threading.local()  # files are rewritten by several threads
 
-    def map_rows(rows: Rows, out: Rows, threads: int) -> tuple[int, int, int]:
+    def map_rows(rows: Rows, out: Rows, threads: int, noise: Noise | None) -> tuple[int, int, int]:
         choose(backend, device, (rows.dtype, out.dtype))
         if not hasattr(own, "transform"):
-            own.transform = DeviceTransform(maps, device, threads)
-        bad: tuple[int, int, int] = own.transform(rows, out, threads)
+            own.transform = DeviceTransform(parameters, device, threads)
+        bad: tuple[int, int, int] = own.transform(rows, out, threads, noise)
         return bad
 
     return map_rows
@@ -596,11 +651,13 @@ class _Problem:
         target: Moments,
         moments_of: Callable[[Parameters], Moments],
         sample: _Part,
+        target_sample: _Part,
         num_threads: int | None,
     ) -> None:
         self.source, self.target = source, target
+        self.names = "text", "image"
         self.moments_of = moments_of
-        self._sample = sample
+        self._sample, self._target_sample = sample, target_sample
         self._num_threads = num_threads
 
     def mean_of(self, parameters: Parameters) -> NDArray[np.float64]:
@@ -620,7 +677,7 @@ class _Problem:
         rows = self._sample.first(_NEWTON_ROWS)
         out = np.empty(rows.values.shape, np.float32)
         uncorrected = replace(parameters, correction=np.zeros_like(parameters.correction))
-        transform_rows(uncorrected.alone, None, rows, Rows(out, "float32"), self._num_threads)
+        transform_rows(Steps.of(uncorrected), rows, Rows(out, "float32"), self._num_threads)
         out += parameters.correction.astype(np.float32)
         norms = np.sqrt(np.einsum("ij,ij->i", out, out))
         out /= norms[:, None]
@@ -647,6 +704,17 @@ class _Problem:
             direction = rest + size / previous * direction
         return step
 
+    def samples(self, num_rows: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return at most so many unit rows of each set, `(n, dim)` and `(m, dim)`, in the order of their ranking."""
+        unit = []
+        for name, part in zip(self.names, (self._sample, self._target_sample), strict=True):
+            if len(part) < 2:
+                raise ValueError(f"this needs rows of both sets, not their moments alone, and there are none of {name}")
+            rows = part.first(num_rows)
+            unit.append(np.empty(rows.values.shape, np.float32))
+            transform_rows(Steps.of(_projection(part.dim)), rows, Rows(unit[-1], "float32"), self._num_threads)
+        return unit[0], unit[1]
+
 
 def _check_readable(source: Source, solver: Method, method: str) -> None:
     if solver.reads_again and not source.reiterable:
@@ -669,7 +737,12 @@ def _report(
         name: {"rows": moments.count, "bad_rows": moments.num_zero + moments.num_skipped, "trace": moments.trace}
         for name, moments in (("text", source), ("image", target))
     }
-    return {"method": method, "options": dict(options), **sets, "gap": {"before": before, **solution.gaps}}
+    return {
+        "method": method,
+        "options": dict(options) | solution.chosen,
+        **sets,
+        "gap": {"before": before, **solution.gaps},
+    }
 
 
 def _sample_report(
@@ -679,23 +752,27 @@ def _sample_report(
     if min(len(text), len(image)) < 2 * _HELD_OUT_EVERY:
         return nothing
     (text_in, text_out), (image_in, image_out) = text.split(_HELD_OUT_EVERY), image.split(_HELD_OUT_EVERY)
-    problem = _of_parts(text_in, image_in, num_threads)
+    problem = _of_parts(text_in, image_in, solver.covariances, num_threads)
     try:
         check_sets(problem.source, problem.target)
     except ValueError:
         return nothing
-    solution = solver.solve(problem, **options)
-    held_out = _of_parts(text_out, image_out, num_threads)
+    try:
+        solution = solver.solve(problem, **options)
+    except ValueError:  # nine tenths may be too few where all are enough
+        return nothing
+    held_out = _of_parts(text_out, image_out, False, num_threads)
     return {
         "in_sample": _gaps(solution, problem),
         "held_out": _gaps(solution, held_out),
     }
 
 
-def _of_parts(text: _Part, image: _Part, num_threads: int | None) -> _Problem:
+def _of_parts(text: _Part, image: _Part, covariances: bool, num_threads: int | None) -> _Problem:
     reader = Reader("raise", num_threads)
     moments_of = partial(reader.transformed_moments, text)
-    return _Problem(reader.moments(text), reader.moments(image), moments_of, text, num_threads)
+    source, target = reader.moments(text, covariances), reader.moments(image, covariances)
+    return _Problem(source, target, moments_of, text, image, num_threads)
 
 
 def _gaps(solution: Solution, problem: _Problem) -> dict[str, Any]:
@@ -727,11 +804,54 @@ def _alignment(
     fingerprints: dict[str, str],
     encoder: str | None,
 ) -> Alignment:
-    found = solution.parameters
-    parameters = Parameters(found.scale, _frozen(found.shift), _frozen(found.correction))
     return Alignment(
-        method, parameters, SetStatistics.of(source), SetStatistics.of(target), report, fingerprints, encoder
+        method,
+        _frozen_parameters(solution.parameters),
+        SetStatistics.of(source),
+        SetStatistics.of(target),
+        report,
+        fingerprints,
+        encoder,
+        solution.target and _frozen_parameters(solution.target),
     )
+
+
+def _frozen_parameters(found: Parameters) -> Parameters:
+    step = found.affine
+    if step is not None:
+        step = Affine(_frozen(step.matrix), _frozen(step.centre), _frozen(step.offset))
+    return Parameters(found.scale, _frozen(found.shift), _frozen(found.correction), step, found.noise_std)
+
+
+# What a file of format version 2 may hold beside those of version 1: the matrix of a map and the centre it was computed
+# about, and the map of target rows, `pi(matrix u + shift)`.
+_MORE_TENSORS = {"matrix", "centre", "target_matrix", "target_centre", "target_shift"}
+
+
+def _more_tensors(alignment: Alignment) -> dict[str, NDArray[np.float64]]:
+    tensors = {}
+    target = alignment.target_parameters
+    if target is not None:
+        tensors["target_shift"] = target.shift
+    for prefix, parameters in (("", alignment.parameters), ("target_", target)):
+        if parameters is not None and parameters.affine is not None:
+            tensors[f"{prefix}matrix"] = parameters.affine.matrix
+            tensors[f"{prefix}centre"] = parameters.affine.centre
+    return tensors
+
+
+def _affine_of(tensors: Mapping[str, NDArray[np.float64]], prefix: str) -> Affine | None:
+    if f"{prefix}matrix" not in tensors:
+        return None
+    names = (f"{prefix}matrix", f"{prefix}centre", f"{prefix}shift")
+    return Affine(*(_frozen(tensors[name]) for name in names))
+
+
+def _target_of(tensors: Mapping[str, NDArray[np.float64]]) -> Parameters | None:
+    if "target_shift" not in tensors:
+        return None
+    shift = _frozen(tensors["target_shift"])
+    return Parameters(1.0, shift, _frozen(np.zeros_like(shift)), _affine_of(tensors, "target_"))
 
 
 def _frozen(values: NDArray[np.float64]) -> NDArray[np.float64]:

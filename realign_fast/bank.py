@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._rows import is_tensor
-from ._transform import transform_by
+from ._transform import Steps, transform_by
 from .alignment import Alignment, Side
 from .methods import ParametersTable
 
@@ -25,7 +25,7 @@ class AlignmentBank(Mapping[str, Alignment]):
     Raises
     ------
     ValueError
-        If there are none, or their dimensions differ.
+        If there are none, their dimensions differ, or a map has a matrix or noise.
     """
 
     def __init__(self, alignments: Mapping[str, Alignment]) -> None:
@@ -34,6 +34,10 @@ class AlignmentBank(Mapping[str, Alignment]):
         self._alignments = dict(alignments)
         first, self.dim = next((name, alignment.dim) for name, alignment in self._alignments.items())
         for name, alignment in self._alignments.items():
+            if alignment.parameters.affine is not None or alignment.parameters.noise_std:
+                raise ValueError(
+                    f"alignments must be maps with a scale and no noise: {name!r} was fitted by {alignment.method!r}"
+                )
             if alignment.dim != self.dim:
                 raise ValueError(
                     f"alignments must have one dimension: {first!r} has {self.dim}, {name!r} has {alignment.dim}"
@@ -85,8 +89,7 @@ class AlignmentBank(Mapping[str, Alignment]):
                 x, out, dtype, backend=backend, num_threads=num_threads, side=side, on_bad_rows=on_bad_rows
             )
         return transform_by(
-            self._table(side),
-            self._numbers_of(domain, tuple(x.shape[:-1])),
+            Steps(None, self._table(side), self._numbers_of(domain, tuple(x.shape[:-1]))),
             x,
             out,
             dtype,

@@ -84,7 +84,8 @@ def _say(text: str) -> None:
 def _fit(arguments: argparse.Namespace) -> dict[str, Any]:
     from .alignment import fit
 
-    options = {} if arguments.refine is None else {"refine": arguments.refine}
+    names = ("refine", "sigma", "shrinkage", "strength", "kind", "energy", "k")
+    options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     _check_output_file(arguments.output)
     alignment = fit(
         arguments.text,
@@ -102,6 +103,14 @@ def _fit(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     alignment.save(arguments.output)
     report = alignment.report
+    if "selection" in report:
+        chosen, selection = report["options"], report["selection"]
+        known = selection["reliability"]
+        _say(
+            f"chose strength {chosen['strength']:g}, shrinkage {chosen['shrinkage']:g}: the covariances differ by "
+            f"{selection['difference']:.2g} of the target's"
+            + ("" if known is None else f", the map is known to {known:.0%}")
+        )
     before, held_out = report["gap"]["before"], report["held_out"]
     if held_out is None:
         _say(f"gap before {before:.4g}; too few rows for a held-out check")
@@ -154,6 +163,8 @@ def _apply(arguments: argparse.Namespace) -> dict[str, Any]:
         dtype=arguments.dtype,
         format=arguments.format,
         side=arguments.side,
+        noise_std=arguments.noise_std,
+        seed=arguments.seed,
         on_bad_rows=arguments.on_bad_rows,
         column=arguments.text_column or arguments.embedding_column,
         id_column=arguments.id_column,
@@ -221,6 +232,17 @@ def _bench(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"command": "bench", **result}
 
 
+def _export(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .alignment import Alignment
+    from .export import save
+
+    _check_output_file(arguments.output)
+    alignment = Alignment.load(arguments.alignment)
+    save(alignment, arguments.output, arguments.to, side=arguments.side)
+    size = Path(arguments.output).stat().st_size
+    return {"command": "export", "output": str(arguments.output), "to": arguments.to, "bytes": size}
+
+
 def _demo(arguments: argparse.Namespace) -> dict[str, Any]:
     from .demo.run import run
 
@@ -251,7 +273,8 @@ def _describe_alignment(alignment: Any) -> dict[str, Any]:
     return {
         "kind": "alignment",
         "dim": alignment.dim,
-        "scale": alignment.scale,
+        "matrix": alignment.parameters.affine is not None,
+        "scale": alignment.parameters.scale,
         "encoder": alignment.encoder,
         "fingerprint": alignment.fingerprint,
         **alignment.report,
@@ -276,8 +299,25 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("text", metavar="TEXT", help="file, directory or glob of text embeddings")
     fit.add_argument("image", metavar="IMAGE", help="file, directory or glob of image embeddings")
     fit.add_argument("-o", "--output", required=True, metavar="FILE", help="alignment to write (.safetensors)")
-    fit.add_argument("--method", default="realign", help="anchor, anchor_trace or realign (default)")
+    fit.add_argument(
+        "--method",
+        default="realign",
+        help="realign (default), anchor, anchor_trace, c3, center, whiten, debias, coral, bca or ot",
+    )
     fit.add_argument("--refine", type=_count, metavar="K", help="Newton steps on the centroid, each reads TEXT again")
+    fit.add_argument("--sigma", type=float, metavar="STD", help="c3: noise of an element of a row of length one")
+    fit.add_argument(
+        "--shrinkage",
+        type=_number_or_name,
+        metavar="S",
+        help="whiten, coral, bca, ot: weight of the identity in the covariances, from 0 to 1, ledoit_wolf or oas",
+    )
+    fit.add_argument(
+        "--strength", type=_number_or_name, metavar="S", help="ot: from 0, the trace scale, to 1, or auto (default)"
+    )
+    fit.add_argument("--kind", help="whiten: zca (default), pca or cholesky")
+    fit.add_argument("--energy", type=float, metavar="E", help="bca: share of variance in its first block")
+    fit.add_argument("-k", type=_positive, metavar="K", help="debias: directions to leave out")
     fit.add_argument("--encoder", help="name of the encoder, kept in the file")
     _add_bad_rows(fit, ("raise", "skip", "zero"))
     _add_limit(fit)
@@ -304,6 +344,8 @@ def _parser() -> argparse.ArgumentParser:
     apply.add_argument("-o", "--output", required=True, metavar="DIR")
     apply.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"), help="default: as the input")
     apply.add_argument("--side", choices=("source", "target"), default="source", help="map text rows, or image rows")
+    apply.add_argument("--noise-std", type=float, metavar="STD", help="Gaussian noise; default: the map's own (c3)")
+    apply.add_argument("--seed", type=_count, default=0, help="of the noise (default: 0)")
     _add_bad_rows(apply, ("raise", "zero"))
     _add_format(apply, ("same", "npy", "parquet", "safetensors", "pickle"), "same")
     _add_existing(apply)
@@ -330,6 +372,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", metavar="FILE", help="also write the result there")
     bench.add_argument("--quick", action="store_true", help="one dimension and small sizes, for a first look")
 
+    export = command("export", _export, "write an alignment for FAISS or ONNX")
+    export.add_argument("alignment", metavar="ALIGNMENT")
+    export.add_argument("--to", required=True, choices=("faiss", "onnx"))
+    export.add_argument("-o", "--output", required=True, metavar="FILE")
+    export.add_argument("--side", choices=("source", "target"), default="source", help="the map of text, or of images")
+
     demo = command("demo", _demo, "the whole job on embeddings it makes itself, in about two minutes")
     demo.add_argument("-o", "--output", default="realign-demo", metavar="DIR", help="default: realign-demo")
     demo.add_argument("--overwrite", action="store_true", help="replace what an earlier demo wrote")
@@ -348,6 +396,13 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def _number_or_name(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _add_bad_rows(parser: argparse.ArgumentParser, choices: Sequence[str]) -> None:

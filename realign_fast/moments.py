@@ -6,7 +6,7 @@ Count, mean and trace are in fixed point: exact to merge, subtract and compare.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -227,15 +227,20 @@ class Moments:
     def update_transformed(
         self,
         rows: Rows,
+        affine: _C.AffineMap | None,
         row_map: _C.RowMap,
         on_bad_rows: OnBadRows,
         num_threads: int | None = None,
     ) -> None:
-        """Add what `row_map` makes of each row, without writing it anywhere."""
+        """Add what `affine`, if any, and then `row_map` make of each row, without writing it anywhere."""
         check_on_bad_rows(on_bad_rows)
         self._check_room(len(rows.values))
         sums = np.zeros_like(self._sums)
-        bad = _C.transformed_moments(rows.values, rows.bfloat16, row_map, sums, count_threads(num_threads))
+        threads = count_threads(num_threads)
+        if affine is None:
+            bad = _C.transformed_moments(rows.values, rows.bfloat16, row_map, sums, threads)
+        else:
+            bad = _C.affine_moments(rows.values, rows.bfloat16, affine, row_map, sums, threads)
         self.add_sums(sums, len(rows.values), bad, on_bad_rows)
 
     def _check_room(self, num_rows: int) -> None:
@@ -318,6 +323,25 @@ class Moments:
     def copy(self) -> Moments:
         """Return an independent copy."""
         return self._new().merge(self)
+
+    @property
+    def pilot(self) -> NDArray[np.float64] | None:
+        """What products are computed about, `(dim,)`; None without a covariance, or as long as there are no rows."""
+        products = self._settled()._products
+        return products.pilot if products is not None and products.chosen else None
+
+    def combined(self, add: Callable[[NDArray[Any]], NDArray[Any]], pilot: NDArray[np.float64] | None) -> Moments:
+        """Return moments of what `add` makes of each of the sums, those of the products taken about `pilot`."""
+        counts = np.array([self.count, self.num_zero, self.num_skipped])
+        all_of_them = self._new()
+        all_of_them._count, all_of_them._num_zero, all_of_them._num_skipped = (int(each) for each in add(counts))
+        all_of_them._sums = add(self._sums)
+        mine, theirs = self._products, all_of_them._products
+        if mine is not None and theirs is not None and pilot is not None:
+            theirs.choose_pilot(pilot)
+            theirs.sums = add(np.tril(mine.about(pilot, self.count, _to_float(self._sums))))
+        all_of_them._check_room(0)
+        return all_of_them
 
     def _new(self) -> Moments:
         return Moments(self.dim, self.has_covariance, self.precision)

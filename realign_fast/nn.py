@@ -22,6 +22,7 @@ __all__ = ["ReAlign"]
 
 _DTYPES = frozenset(getattr(torch, name) for name in DTYPES)
 _EXACT = ("scale", "shift", "correction")
+_AFFINE = ("matrix", "centre", "offset")
 
 
 class ReAlign(torch.nn.Module):
@@ -37,14 +38,18 @@ class ReAlign(torch.nn.Module):
     alignment
         A fitted one.
     side
-        "source" maps text; "target" brings image rows to unit length.
+        "source" maps text; "target" brings image rows to unit length, or maps them too, as `Alignment.transform`.
     dtype
         Of the result; by default that of the rows.
+    noise_std
+        Standard deviation of an element of Gaussian noise that is added while training, and then the rows projected to
+        unit length; by default that of the map, 0 but for "c3". It comes from torch's own generator.
 
     Attributes
     ----------
     scale, shift, correction : torch.Tensor
-        Buffers of float64, `(1,)`, `(1, dim)` and `(1, dim)`, in `state_dict`. They keep that dtype under `.half()`,
+        Buffers of float64, `(1,)`, `(1, dim)` and `(1, dim)`, in `state_dict`; with a matrix, 1 and zeros but for the
+        correction, and beside them `matrix`, `centre` and `offset`. They keep that dtype under `.half()`,
         `.to(torch.bfloat16)` and engines that cast a model; where a device has no float64, they stay on the CPU.
     bad_rows : torch.Tensor
         `(2,)` int64: how many rows of norm zero and how many with NaN or infinity came since `raise_bad_rows`. Rows
@@ -54,19 +59,35 @@ class ReAlign(torch.nn.Module):
     scale: torch.Tensor
     shift: torch.Tensor
     correction: torch.Tensor
+    _correction32: torch.Tensor
     bad_rows: torch.Tensor
 
-    def __init__(self, alignment: Alignment, *, side: Side = "source", dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        alignment: Alignment,
+        *,
+        side: Side = "source",
+        dtype: torch.dtype | None = None,
+        noise_std: float | None = None,
+    ) -> None:
         super().__init__()
         if dtype is not None:
             dtype_name(dtype)
         self.dim = alignment.dim
         self.dtype = dtype
-        maps = alignment.parameters_of(side).alone.on(torch.device("cpu"))
+        parameters = alignment.parameters_of(side)
+        self.noise_std = parameters.noise_std if noise_std is None else noise_std
+        maps = parameters.alone.on(torch.device("cpu"))
         for name in _EXACT:
             self.register_buffer(name, getattr(maps, f"{name}64").clone())
             # What the kernels read; follows from the above.
             self.register_buffer(f"_{name}32", getattr(maps, name).clone(), persistent=False)
+        self.has_matrix = parameters.affine is not None
+        if parameters.affine is not None:
+            step = parameters.affine
+            for name, values in zip(_AFFINE, (step.matrix, step.centre, step.centred_offset), strict=True):
+                self.register_buffer(name, torch.tensor(values, dtype=torch.float64))
+                self.register_buffer(f"_{name}32", torch.tensor(values, dtype=torch.float32), persistent=False)
         self.register_buffer("bad_rows", torch.zeros(2, dtype=torch.int64), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -90,12 +111,40 @@ class ReAlign(torch.nn.Module):
             dtype_name(x.dtype, name="x.dtype")  # says what is wrong
         if self.shift.dtype != torch.float64:
             raise TypeError(f"shift must stay float64, got {self.shift.dtype}: something cast this layer's buffers")
-        out, bad = transform(
-            x, self._scale32, self._shift32, self._correction32, self.scale, self.shift, self.correction,
-            x.dtype if self.dtype is None else self.dtype,
-        )  # fmt: skip
+        dtype = x.dtype if self.dtype is None else self.dtype
+        wide = torch.float64 if torch.float64 in (x.dtype, dtype) else torch.float32
+        noisy = self.training and self.noise_std > 0
+        if self.has_matrix:
+            unit, bad = self._project_twice(x, wide, corrected=False)
+            out, _ = self._project_twice(self._move(unit), wide if noisy else dtype)
+        else:
+            out, bad = self._project_twice(x, wide if noisy else dtype)
         self.bad_rows.add_(bad)
-        return out
+        return self._add_noise(out).to(dtype) if noisy else out
+
+    def _project_twice(
+        self, x: torch.Tensor, dtype: torch.dtype, *, corrected: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `pi(pi(scale u + shift) + correction)`, or without the correction, and how many rows were bad."""
+        correction32, correction = self._correction32, self.correction
+        if not corrected:
+            correction32, correction = torch.zeros_like(correction32), torch.zeros_like(correction)
+        out, bad = transform(
+            x, self._scale32, self._shift32, correction32, self.scale, self.shift, correction, dtype
+        )  # fmt: skip
+        return out, bad
+
+    def _move(self, unit: torch.Tensor) -> torch.Tensor:
+        """Return `matrix unit + offset`; zeros, which stand for bad rows, stay zeros."""
+        names = _AFFINE if unit.dtype == torch.float64 else (f"_{name}32" for name in _AFFINE)
+        matrix, centre, offset = (getattr(self, name) for name in names)
+        with torch.autocast(unit.device.type, enabled=False):
+            moved = torch.nn.functional.linear(unit - centre, matrix, offset)
+        return torch.where((unit != 0).any(dim=-1, keepdim=True), moved, 0)
+
+    def _add_noise(self, rows: torch.Tensor) -> torch.Tensor:
+        noisy = torch.nn.functional.normalize(rows + self.noise_std * torch.randn_like(rows), dim=-1)
+        return torch.where((rows != 0).any(dim=-1, keepdim=True), noisy, 0)
 
     def raise_bad_rows(self) -> None:
         """Raise if bad rows have come since the last call, and count from zero again; waits for the device.
@@ -132,7 +181,7 @@ class ReAlign(torch.nn.Module):
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
         super()._load_from_state_dict(*arguments, **options)
-        for name in _EXACT:
+        for name in (*_EXACT, *(_AFFINE if self.has_matrix else ())):
             exact = getattr(self, name).double()
             setattr(self, name, exact)
             setattr(self, f"_{name}32", exact.float().to(self.bad_rows.device))

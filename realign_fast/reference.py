@@ -70,3 +70,45 @@ def whiten(rows: Matrix, matrix: Matrix, mean: Matrix) -> Matrix:
     bad = bad_rows(rows)[:, None]
     unit = project(np.where(bad, 0.0, rows))
     return np.where(bad, 0.0, (unit - mean) @ matrix.T)
+
+
+def affine(rows: Matrix, matrix: Matrix, offset: Matrix) -> Matrix:
+    """Return `matrix u + offset`, `u = pi(row)`, of `(n, dim)` rows; zeros for bad ones."""
+    bad = bad_rows(rows)[:, None]
+    unit = project(np.where(bad, 0.0, rows))
+    return np.where(bad, 0.0, unit @ matrix.T + offset)
+
+
+def philox(seed: int, counter: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    """Return the four words of 32 bits of Philox 4x32-10 with this key of 64 bits.
+
+    Source: Salmon, Moraes, Dror and Shaw, Parallel random numbers: as easy as 1, 2, 3, SC 2011.
+    """
+    word = 0xFFFFFFFF
+    a, b, c, d = counter
+    key = [seed & word, seed >> 32]
+    for _ in range(10):
+        first, second = a * 0xD2511F53, c * 0xCD9E8D57
+        a, b, c, d = (second >> 32) ^ b ^ key[0], second & word, (first >> 32) ^ d ^ key[1], first & word
+        key = [(key[0] + 0x9E3779B9) & word, (key[1] + 0xBB67AE85) & word]
+    return a, b, c, d
+
+
+def normals(seed: int, numbers: list[int], dim: int) -> Matrix:
+    """Return `(n, dim)` Gaussian numbers, those of rows with these numbers, by Box and Muller."""
+    groups = -(-dim // 4)
+    found = np.empty((len(numbers), 4, groups))
+    for i, number in enumerate(numbers):
+        for group in range(groups):
+            words = philox(seed, (group, number & 0xFFFFFFFF, number >> 32 & 0xFFFFFFFF, 0))
+            u = [((each >> 8) + 0.5) * 2.0**-24 for each in words]
+            for pair in (0, 2):
+                radius, angle = np.sqrt(-2 * np.log(u[pair])), 2 * np.pi * u[pair + 1]
+                found[i, pair : pair + 2, group] = radius * np.cos(angle), radius * np.sin(angle)
+    return found.reshape(len(numbers), 4 * groups)[:, :dim]
+
+
+def add_noise(rows: Matrix, std: float, seed: int, numbers: list[int]) -> Matrix:
+    """Return `pi(row + std n)` of `(n, dim)` rows, `n` being the `normals` of each; rows of zeros stay so."""
+    noisy = project(rows + std * normals(seed, numbers, rows.shape[1]))
+    return np.where((rows == 0).all(axis=1, keepdims=True), 0.0, noisy)

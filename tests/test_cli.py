@@ -17,7 +17,7 @@ from realign_fast.io.formats import open_shard
 from realign_fast.io.sources import open_source
 
 DIM = 19
-COMMANDS = ("fit", "stats", "merge", "apply", "convert", "inspect", "verify", "bench", "demo")
+COMMANDS = ("fit", "stats", "merge", "apply", "convert", "inspect", "verify", "bench", "demo", "export")
 
 
 def cloud(count: int, seed: int, dim: int = DIM) -> np.ndarray:
@@ -597,3 +597,40 @@ def test_a_log_file_receives_what_is_said_and_the_summary(folder, realign):
 def test_a_log_file_that_cannot_be_is_named(folder, refused):
     log = folder / "nowhere" / "log.txt"
     refused("inspect", folder / "image.npy", "--log-file", log, says=("--log-file", log))
+
+
+# ---- Other maps -----------------------------------------------------------------------------------------------------
+
+
+def test_other_maps_and_their_options(folder, ok, refused):
+    target = folder / "a.safetensors"
+    for arguments, wanted in [
+        (("--method", "c3", "--sigma", "0.05"), {"sigma": 0.05}),
+        (("--method", "coral", "--shrinkage", "0.1", "--refine", "1"), {"shrinkage": 0.1, "refine": 1}),
+        (("--method", "bca", "--shrinkage", "oas", "--energy", "0.9"), {"shrinkage": "oas", "energy": 0.9}),
+        (("--method", "ot", "--strength", "0.5"), {"strength": 0.5}),
+        (("--method", "whiten", "--kind", "pca"), {"kind": "pca"}),
+        (("--method", "debias", "-k", "2"), {"k": 2}),
+        (("--method", "center"), {}),
+    ]:
+        assert ok("fit", folder / "text", folder / "image", "-o", target, *arguments)["options"] == wanted
+        described = ok("inspect", target)
+        assert described["matrix"] is (arguments[1] in ("coral", "bca", "ot", "whiten", "debias"))
+    refused("fit", folder / "text", folder / "image", "-o", target, "--sigma", 1, says=("takes no option 'sigma'",))
+    refused("fit", folder / "text", folder / "image", "-o", target, "--method", "ot", "--strength", 2, says=("[0, 1]",))
+
+
+def test_a_strength_that_was_chosen_is_said(folder, ok, capsys):
+    summary = ok("fit", folder / "text", folder / "image", "-o", folder / "a.safetensors", "--method", "ot")
+    assert set(summary["options"]) == {"strength", "shrinkage"}
+    assert len(summary["selection"]["candidates"]) == 66
+
+
+def test_noise_by_flags(folder, ok):
+    target = folder / "a.safetensors"
+    ok("fit", folder / "text", folder / "image", "-o", target, "--method", "c3")
+    alignment = rf.Alignment.load(target)
+    ok("apply", target, folder / "text", "-o", folder / "out", "--noise-std", "0.2", "--seed", 3)
+    first = sorted((folder / "text").iterdir(), key=lambda path: int(path.stem.split("_")[1]))[0]
+    wanted = alignment.transform(np.load(first), noise_std=0.2, seed=3)
+    np.testing.assert_array_equal(np.load(folder / "out" / first.name), wanted)

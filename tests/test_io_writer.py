@@ -23,6 +23,7 @@ from safetensors.torch import save_file as save_tensors
 
 import realign_fast as rf
 from realign_fast._dtypes import to_float64
+from realign_fast._transform import Steps, transform_rows
 from realign_fast.alignment import apply_files
 from realign_fast.io import _sink
 from realign_fast.io._raw import Blocks
@@ -230,6 +231,10 @@ def test_a_bad_row_stops_the_job_and_leaves_what_is_finished(folder, alignment):
     assert verify(out)["ok"] is False
 
 
+def mapped_by(alignment):
+    return lambda rows, out, num_threads, number: transform_rows(Steps.of(alignment.parameters), rows, out, num_threads)
+
+
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 @pytest.mark.parametrize("suffix", [".npy", ".safetensors", ".parquet"])
 def test_any_number_of_threads_writes_the_same_bytes(tmp_path, write_shard, alignment, suffix, num_threads):
@@ -242,7 +247,7 @@ def test_any_number_of_threads_writes_the_same_bytes(tmp_path, write_shard, alig
         rewrite(
             sorted((tmp_path / "in").iterdir()),
             tmp_path / out,
-            transform=alignment.transform_rows,
+            transform=mapped_by(alignment),
             job=job,
             num_threads=threads,
             progress=advanced.append,
@@ -275,12 +280,12 @@ def test_an_interrupt_stops_every_lane_and_leaves_a_job_to_resume(tmp_path, writ
         write_shard(tmp_path / "in" / f"part_{index}.npy", values_of(500, seed=index))
     apply_files(alignment, tmp_path / "in", tmp_path / "whole")
 
-    def transform(rows, out, num_threads):
+    def transform(rows, out, num_threads, number):
         if not interrupted.is_set():
             interrupted.set()
             signal.raise_signal(signal.SIGINT)
             time.sleep(0.1)  # the main thread sees it
-        return alignment.transform_rows(rows, out, num_threads)
+        return mapped_by(alignment)(rows, out, num_threads, number)
 
     interrupted = threading.Event()
     paths, job = sorted((tmp_path / "in").iterdir()), {"any": "job"}

@@ -207,7 +207,7 @@ def test_arguments_that_do_not_fit_are_refused(instruction_set):
         ((rows, True, out, False, row_map, 1), TypeError, "rows must be uint16 holding bfloat16"),
         ((rows[0], False, out, False, row_map, 1), ValueError, r"rows must have shape \(n, dim\)"),
         ((rows[:, ::2], False, out[:, ::2], False, row_map, 1), ValueError, "contiguous last axis"),
-        ((rows, False, out[:3], False, row_map, 1), ValueError, "out must have the shape of rows"),
+        ((rows, False, out[:3], False, row_map, 1), ValueError, r"out must have shape \(4, 6\), got \(3, 6\)"),
         (
             (rows, False, out, False, _C.RowMap(*make_map(5)), 1),
             ValueError,

@@ -33,7 +33,7 @@ def test_two_samples_of_one_distribution_mix_by_half():
 def test_chunks_change_nothing(monkeypatch):
     rows, others = np.random.default_rng(1).normal(size=(2, 50, 8))
     whole = knn_mixing(rows, others, k=5), knn_overlap(rows, others, k=5), recall_at(rows, others, k=5)
-    monkeypatch.setattr("realign_fast.geometry.metrics._CHUNK_BYTES", 1)
+    monkeypatch.setattr("realign_fast._nearest._CHUNK_BYTES", 1)
     assert (knn_mixing(rows, others, k=5), knn_overlap(rows, others, k=5), recall_at(rows, others, k=5)) == whole
 
 

@@ -240,3 +240,35 @@ def test_covariances_of_tensors_on_a_device(policy):
         found.update(x, backend="triton")
     assert found == before
     assert_covariances_close(found.update(x[:7], backend="triton"), wanted.update(x[:7]))
+
+
+@pytest.mark.parametrize("method", ["ot", "coral", "whiten", "center", "c3"])
+def test_maps_of_several_steps(shards, method):
+    options = {"strength": 0.7} if method == "ot" else {}
+    found, wanted = (
+        rf.fit(shards / "text", shards / "image", method=method, backend=backend, **options)
+        for backend in ("triton", "cpu")
+    )
+    x = torch.from_numpy(make(70, 0))
+    x[3] = 0
+    for side in ("source", "target"):
+        out = wanted.transform(x, side=side, on_bad_rows="zero", seed=5, index=17)
+        for dtype, atol in ((torch.float32, 3e-5), (torch.float16, 1e-3)):
+            mapped = wanted.transform(x, dtype=dtype, backend="triton", side=side, on_bad_rows="zero", seed=5, index=17)
+            torch.testing.assert_close(mapped.float(), out, atol=atol, rtol=0)
+        again = found.transform(x, side=side, on_bad_rows="zero", seed=5, index=17)
+        torch.testing.assert_close(again, out, atol=2e-4, rtol=0)
+    with pytest.raises(ValueError, match="row 3 "):
+        wanted.transform(x, backend="triton")
+    for backend in ("triton", "cpu"):
+        apply_files(wanted, shards / "text", shards / backend, backend=backend, num_threads=1, seed=2)
+    for number in (0, 1):
+        mapped, other = (np.load(shards / backend / f"part_{number}.npy") for backend in ("triton", "cpu"))
+        np.testing.assert_allclose(mapped, other, rtol=0, atol=3e-5)
+
+
+def test_whitening_there():
+    x = torch.from_numpy(make(300, 0))
+    whitener = rf.Whitener.fit(x, "pca", n_components=9, backend="triton")
+    out = whitener.transform(x, backend="triton")
+    torch.testing.assert_close(out, whitener.transform(x), atol=1e-3, rtol=0)

@@ -13,6 +13,7 @@ using realign::kRowsPerBlock;
 using realign::kTileSide;
 using realign::Map;
 using realign::MapTable;
+using realign::Noise;
 using realign::Panels;
 using realign::RowRange;
 using realign::SumLengths;
@@ -251,7 +252,7 @@ struct ToPanels {
   const Panels& panels;
 
   float* at(int64_t row, int64_t j) const {
-    return panels.data + j / kPanelWidth * panels.stride + row * kPanelWidth + j % kPanelWidth;
+    return panels.data + j / panels.width * panels.stride + row * panels.width + j % panels.width;
   }
   inline void put(F value, int64_t row, int64_t j) const {
     store(at(row, j), fma(value, set1(float(1 / kUnits)), load(panels.minus_pilot + j)));
@@ -743,6 +744,27 @@ inline void multiply(const A& a, const float* b, int64_t count, float* tile, int
     }
 }
 
+// Rows as they lie.
+struct RowsAt {
+  const float* rows;
+  int64_t stride;
+  float at(int64_t k, int i) const { return rows[i * stride + k]; }
+};
+
+// So many columns at a time: a panel of the matrix then stays in the first cache while all rows pass it.
+constexpr int64_t kColumnsAtATime = 192;
+
+void affine(const float* rows, int64_t row_stride, int64_t num_rows, int64_t dim, const float* matrix, int64_t out_dim,
+            float* out, int64_t out_stride) {
+  for (int64_t k = 0; k < dim; k += kColumnsAtATime) {
+    const int64_t count = dim - k < kColumnsAtATime ? dim - k : kColumnsAtATime;
+    for (int64_t j = 0; j < out_dim; j += kPanelWidth)
+      for (int64_t i = 0; i < num_rows; i += kPanelRows)
+        multiply(RowsAt{rows + i * row_stride + k, row_stride}, matrix + j * dim + k * kPanelWidth, count,
+                 out + i * out_stride + j, out_stride, false);
+  }
+}
+
 // A panel read along its columns.
 struct Transposed {
   const float* panel;
@@ -772,6 +794,121 @@ void products(const float* panels, int64_t stride, int64_t num_rows, SumLengths 
       double* to = products + (first_row + i) * dim + first_column;
       for (int64_t j = 0; j < past - first_column; ++j) to[j] += double(tile[i * kTileSide + j]);
     }
+  }
+}
+
+// ---- Noise, and rows on their way out -------------------------------------------------------------------------------
+
+// Philox 4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011), lane by lane: plain loops that
+// the compiler turns into vectors of whatever width, with the same bits in all of them.
+constexpr int kLanes = 16;
+using Words = uint32_t[4][kLanes];
+
+inline void philox(uint64_t seed, int64_t row, int64_t first_group, Words& x) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    x[0][lane] = uint32_t(first_group) + uint32_t(lane);
+    x[1][lane] = uint32_t(uint64_t(row));
+    x[2][lane] = uint32_t(uint64_t(row) >> 32);
+    x[3][lane] = 0;
+  }
+  uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const uint64_t a = uint64_t(0xD2511F53u) * x[0][lane], b = uint64_t(0xCD9E8D57u) * x[2][lane];
+      x[0][lane] = uint32_t(b >> 32) ^ x[1][lane] ^ key0;
+      x[2][lane] = uint32_t(a >> 32) ^ x[3][lane] ^ key1;
+      x[1][lane] = uint32_t(b);
+      x[3][lane] = uint32_t(a);
+    }
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+}
+
+// In (0, 1), of the upper 24 bits.
+inline float uniform(uint32_t word) { return (float(int32_t(word >> 8)) + 0.5f) * 0x1p-24f; }
+
+// Natural logarithm of x in (0, 1): the exponent, and an odd series in (m - 1) / (m + 1) of the mantissa m.
+inline float log_of(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  const uint32_t shifted = bits - 0x3f3504f3u;  // the mantissa then lies in [sqrt(1/2), sqrt(2))
+  const int32_t exponent = int32_t(shifted) >> 23;
+  const uint32_t mantissa_bits = (shifted & 0x007fffffu) + 0x3f3504f3u;
+  float mantissa;
+  __builtin_memcpy(&mantissa, &mantissa_bits, sizeof mantissa);
+  const float t = (mantissa - 1) / (mantissa + 1), t2 = t * t;
+  const float series = 2 * t + t * t2 * (2.0f / 3 + t2 * (2.0f / 5 + t2 * (2.0f / 7 + t2 * (2.0f / 9))));
+  return float(exponent) * 0.693147182f + series;
+}
+
+// The two normal numbers of Box and Muller for two uniform ones.
+inline void box_muller(float u1, float u2, float* z1, float* z2) {
+  const float radius = __builtin_sqrtf(-2 * log_of(u1));
+  // The angle in eighths of a turn around the nearest quarter, there by series.
+  const int32_t quarter = int32_t(4 * u2 + 0.5f);
+  const float x = (u2 - 0.25f * float(quarter)) * 6.28318531f, x2 = x * x;
+  const float sine = x + x * x2 * (-1.0f / 6 + x2 * (1.0f / 120 + x2 * (-1.0f / 5040)));
+  const float cosine = 1 + x2 * (-0.5f + x2 * (1.0f / 24 + x2 * (-1.0f / 720 + x2 * (1.0f / 40320))));
+  const bool swapped = quarter & 1;
+  const float c = swapped ? sine : cosine, s = swapped ? cosine : sine;
+  *z1 = radius * ((quarter + 1) & 2 ? -c : c);
+  *z2 = radius * (quarter & 2 ? -s : s);
+}
+
+// Element j takes number j / groups of the four that its group, j % groups, makes.
+inline void normals(uint64_t seed, int64_t row, int64_t dim, float* out) {
+  const int64_t groups = (dim + 3) / 4;
+  for (int64_t group = 0; group < groups; group += kLanes) {
+    Words words;
+    philox(seed, row, group, words);
+    float z[4][kLanes];
+    for (int lane = 0; lane < kLanes; ++lane)
+      box_muller(uniform(words[0][lane]), uniform(words[1][lane]), &z[0][lane], &z[1][lane]);
+    for (int lane = 0; lane < kLanes; ++lane)
+      box_muller(uniform(words[2][lane]), uniform(words[3][lane]), &z[2][lane], &z[3][lane]);
+    const int64_t lanes = groups - group < kLanes ? groups - group : kLanes;
+    for (int64_t word = 0; word < 4; ++word) {
+      const int64_t at = word * groups + group, room = dim - at;
+      if (room > 0) __builtin_memcpy(out + at, z[word], size_t(lanes < room ? lanes : room) * sizeof(float));
+    }
+  }
+}
+
+template <typename Out>
+inline void write_row(const float* row, float factor, int64_t dim, Out* out) {
+  for (int64_t j = 0; j + W <= dim; j += W) store(out + j, mul(load(row + j), set1(factor)));
+  if (const int64_t rest = dim % W)
+    store_first(out + dim - rest, rest, mul(load_first(row + dim - rest, rest), set1(factor)));
+}
+
+inline void write_row(const float* row, float factor, int64_t dim, double* out) {
+  for (int64_t j = 0; j < dim; ++j) {
+    const double value = double(row[j]) * double(factor);
+    __builtin_memcpy(out + j, &value, sizeof value);
+  }
+}
+
+template <typename Out>
+void write(const float* rows, int64_t row_stride, int64_t num_rows, int64_t dim, const Noise* noise, char* out_data,
+           int64_t out_stride, float* scratch) {
+  for (int64_t i = 0; i < num_rows; ++i) {
+    const float* row = rows + i * row_stride;
+    Out* out = reinterpret_cast<Out*>(out_data + i * out_stride);
+    double square[1][1] = {{1}};
+    if (noise) {
+      const float* const x[] = {row};
+      dots<0>(x, nullptr, dim, square, nullptr);
+      if (square[0][0] > 0) {
+        normals(noise->seed, noise->number(i), dim, scratch);
+        const float std = float(noise->std);
+        for (int64_t j = 0; j < dim; ++j) scratch[j] = row[j] + std * scratch[j];
+        row = scratch;
+        const float* const moved[] = {row};
+        dots<0>(moved, nullptr, dim, square, nullptr);
+      }
+    }
+    write_row(row, noise && square[0][0] > 0 ? float(1 / __builtin_sqrt(square[0][0])) : 1, dim, out);
   }
 }
 
@@ -838,6 +975,8 @@ void stream_copy(const char* source, char* target, int64_t size, bool nontempora
    {find_bad_rows<Half>, find_bad_rows<Bf16>, find_bad_rows<float>, find_bad_rows<double>},                          \
    kPanelWidth,                                                                                                      \
    products,                                                                                                         \
+   affine,                                                                                                           \
+   {write<Half>, write<Bf16>, write<float>, write<double>},                                                          \
    stream_read,                                                                                                      \
    stream_copy}
 // clang-format on

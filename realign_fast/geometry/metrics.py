@@ -5,12 +5,11 @@ Source: ReAlign (arXiv 2602.07026) for the centroid gap, the mixing and the over
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-_CHUNK_BYTES = 64 << 20  # of similarities at a time
+from .._nearest import neighbours, overlap
+from .._nearest import similarities as in_parts
 
 
 def _unit(rows: ArrayLike, name: str, like: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
@@ -28,23 +27,10 @@ def _check_k(k: int, num_candidates: int) -> None:
         raise ValueError(f"k must be between 1 and {num_candidates}, the number of candidates, got {k}")
 
 
-def _similarities(
-    queries: NDArray[np.float64], candidates: NDArray[np.float64]
-) -> Iterator[tuple[slice, NDArray[np.float64]]]:
-    step = max(1, _CHUNK_BYTES // (8 * len(candidates)))
-    for start in range(0, len(queries), step):
-        part = slice(start, min(start + step, len(queries)))
-        yield part, queries[part] @ candidates.T
-
-
 def _neighbours(rows: NDArray[np.float64], k: int) -> NDArray[np.intp]:
     """Return `(n, k)` indices of the nearest other rows by cosine, in no order."""
     _check_k(k, len(rows) - 1)
-    found = np.empty((len(rows), k), np.intp)
-    for part, similarities in _similarities(rows, rows):
-        similarities[np.arange(len(similarities)), np.arange(part.start, part.stop)] = -np.inf
-        found[part] = np.argpartition(-similarities, k - 1, axis=1)[:, :k]
-    return found
+    return neighbours(rows, k)
 
 
 def centroid_gap(source: ArrayLike, target: ArrayLike) -> float:
@@ -75,12 +61,11 @@ def knn_overlap(before: ArrayLike, after: ArrayLike, k: int = 10) -> float:
     Both are `(n, dim)`: the same rows before and after a map.
     """
     rows = _unit(before, "before")
-    found = np.sort(_neighbours(rows, k), axis=1)
+    found = _neighbours(rows, k)
     mapped = np.asarray(after, np.float64)
     if len(mapped) != len(rows):
         raise ValueError(f"after must have the {len(rows)} rows of before, got {len(mapped)}")
-    kept = _neighbours(_unit(mapped, "after"), k)
-    return float(np.mean([np.isin(new, old).mean() for old, new in zip(found, kept, strict=True)]))
+    return overlap(found, _neighbours(_unit(mapped, "after"), k))
 
 
 def recall_at(queries: ArrayLike, candidates: ArrayLike, k: int = 1) -> float:
@@ -92,7 +77,7 @@ def recall_at(queries: ArrayLike, candidates: ArrayLike, k: int = 1) -> float:
     others = _unit(candidates, "candidates", rows)
     _check_k(k, len(others))
     hits = 0
-    for part, similarities in _similarities(rows, others):
+    for part, similarities in in_parts(rows, others):
         right = similarities[np.arange(len(similarities)), np.arange(part.start, part.stop)]
         hits += int(((similarities >= right[:, None]).sum(axis=1) <= k).sum())
     return hits / len(rows)

@@ -33,7 +33,7 @@ from ._sink import Sink
 from .formats import FORMATS, Shard, format_of, open_shard
 from .sources import BATCH_BYTES, MANIFEST, SIDECAR, file_paths
 
-Transform = Callable[[Rows, Rows, int], tuple[int, int, int]]
+Transform = Callable[[Rows, Rows, int, int], tuple[int, int, int]]
 
 _DEPTH = 3  # blocks in flight on either side of the transform
 _MAX_UNSYNCED_FILES = 4
@@ -76,8 +76,9 @@ def rewrite(
     out_dir
         Made if missing. Neither the folder of an input nor one above it.
     transform
-        `transform(rows_in, rows_out, num_threads)` fills `rows_out`, contiguous and of the dtype to write, and returns
-        `(num_zero, num_nonfinite, first_bad)` of its input, or raises `BadRowsError`. Called from several threads.
+        `transform(rows_in, rows_out, num_threads, number)` fills `rows_out`, contiguous and of the dtype to write, and
+        returns `(num_zero, num_nonfinite, first_bad)` of its input, or raises `BadRowsError`. `number` is that of the
+        first row: its number in the file, and 2**40 for each file before. Called from several threads.
     column, id_column
         Names of the embeddings (see `open_shard`) and of the ids.
     dtype
@@ -184,7 +185,7 @@ def convert(
     )
 
 
-def _copy(rows: Rows, out: Rows, num_threads: int) -> tuple[int, int, int]:
+def _copy(rows: Rows, out: Rows, num_threads: int, number: int) -> tuple[int, int, int]:
     if rows.bfloat16 and not out.bfloat16:
         np.left_shift(rows.values, 16, out=out.values.view(np.uint32), dtype=np.uint32)
     else:
@@ -197,6 +198,7 @@ class _Target(NamedTuple):
     format: str
     path: Path
     sidecar: Path
+    number: int  # among all inputs
 
     @property
     def names(self) -> tuple[str, str]:
@@ -208,7 +210,7 @@ def _plan(paths: list[Path], folder: Path, wanted: str) -> list[_Target]:
     resolved = folder.resolve()
     targets = []
     taken: dict[str, Path] = {}
-    for path in paths:
+    for number, path in enumerate(paths):
         for parent in {path.parent.resolve(), path.resolve().parent}:
             if resolved == parent or resolved in parent.parents:
                 raise ValueError(
@@ -219,7 +221,7 @@ def _plan(paths: list[Path], folder: Path, wanted: str) -> list[_Target]:
             raise ValueError(f"{path}: the suffix {path.suffix!r} is unknown, expected one of {', '.join(FORMATS)}")
         name = path.name if wanted in ("same", found) else path.stem + _SUFFIXES[wanted]
         sidecar = folder / f"{path.stem}{SIDECAR}{path.suffix}"
-        target = _Target(path, found if wanted == "same" else wanted, folder / name, sidecar)
+        target = _Target(path, found if wanted == "same" else wanted, folder / name, sidecar, number)
         for output in target.names:
             if output in taken:
                 raise ValueError(f"{path} and {taken[output]} would both be written as {output}")
@@ -506,8 +508,9 @@ class _Lane:
         num_rows, dim = chunk.rows.values.shape
         out = Rows(self._out.take(num_rows, dim, storage(output.dtype)), output.dtype)
         path = output.target.source
+        number = (output.target.number << 40) + chunk.start
         try:
-            num_zero, num_nonfinite, _ = self._run.transform(chunk.rows, out, self._num_threads)
+            num_zero, num_nonfinite, _ = self._run.transform(chunk.rows, out, self._num_threads, number)
         except BadRowsError as error:
             raise error.moved(str(path), chunk.start) from None
         except ValueError as error:

@@ -358,7 +358,7 @@ struct Case {
       pilot.push_back(double(float(random.uniform())));
       minus_pilot.data()[j] = -float(pilot.back());
     }
-    const Panels panels{data.get(), width * count, pilot.data(), minus_pilot.data()};
+    const Panels panels{data.get(), width, width * count, pilot.data(), minus_pilot.data()};
     std::unique_ptr<int64_t[]> exact(new int64_t[size_t(dim)]());
     BadRows bad;
     table.moments[dtype](rows->range(), exact.get(), nullptr, nullptr, &panels, scratch, &bad);

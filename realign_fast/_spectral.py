@@ -1,0 +1,173 @@
+"""Symmetric matrices by their eigenvalues, in float64: shrinkage, powers, principal directions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .moments import Moments
+
+Matrix = NDArray[np.float64]
+Shrinkage = float | str | None
+
+# Statistics of float32 rows hold about seven digits: eigenvalues below this share of the largest are their noise.
+_SMALLEST_SHARE = 1e-6
+_NAMED = ("ledoit_wolf", "oas")
+KINDS = ("zca", "pca", "cholesky")
+
+
+def check_shrinkage(shrinkage: object) -> None:
+    """Raise unless it is None, "ledoit_wolf", "oas" or a number in [0, 1]."""
+    if shrinkage is None or shrinkage in _NAMED:
+        return
+    if isinstance(shrinkage, bool | str) or not isinstance(shrinkage, int | float):
+        raise ValueError(f"shrinkage must be None, a number in [0, 1], {' or '.join(_NAMED)}, got {shrinkage!r}")
+    if not 0 <= shrinkage <= 1:
+        raise ValueError(f"shrinkage must lie in [0, 1], got {shrinkage}")
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """A covariance `sum_i values[i] vectors[:, i] vectors[:, i]^T`.
+
+    Attributes
+    ----------
+    name : str
+        Of the set, for messages.
+    values : ndarray
+        `(dim,)`, ascending, none below 0.
+    vectors : ndarray
+        `(dim, dim)`, orthonormal columns.
+    shrinkage : float
+        The weight of the identity in it.
+    """
+
+    name: str
+    values: NDArray[np.float64]
+    vectors: Matrix
+    shrinkage: float
+
+    @cached_property
+    def rank(self) -> int:
+        """How many eigenvalues stand above the noise of the statistics."""
+        return int((self.values > _SMALLEST_SHARE * self.values[-1]).sum())
+
+    def power(self, exponent: float) -> Matrix:
+        """Return the matrix to this power.
+
+        Raises
+        ------
+        ValueError
+            If the exponent is negative and the matrix has no inverse.
+        """
+        if exponent < 0:
+            self.check_rank(len(self.values))
+        power: Matrix = (self.vectors * self.values**exponent) @ self.vectors.T
+        return power
+
+    def check_rank(self, needed: int) -> None:
+        """Raise ValueError unless so many directions carry variance."""
+        if self.rank < needed:
+            raise ValueError(
+                f"the covariance of {self.name} has rank {self.rank} of {len(self.values)}, and {needed} is needed: "
+                'give more rows, fewer components, or shrinkage= (a number in (0, 1], "ledoit_wolf" or "oas")'
+            )
+
+
+def spectrum(matrix: Matrix, name: str, shrinkage: float = 0.0) -> Spectrum:
+    """Return the eigenvalues and directions of `(1 - shrinkage) matrix + shrinkage tr(matrix) / dim I`."""
+    values, vectors = np.linalg.eigh(matrix)
+    values = (1 - shrinkage) * np.maximum(values, 0) + shrinkage * float(np.trace(matrix)) / len(matrix)
+    return Spectrum(name, values, vectors, shrinkage)
+
+
+def spectrum_of(moments: Moments, shrinkage: Shrinkage, name: str) -> Spectrum:
+    """Return that of a set's covariance, shrunken.
+
+    Raises
+    ------
+    ValueError
+        If no covariance was collected, or `shrinkage` is not what `check_shrinkage` allows.
+    """
+    check_shrinkage(shrinkage)
+    covariance = moments.covariance
+    if shrinkage == "ledoit_wolf":
+        shrinkage = ledoit_wolf(moments, covariance)
+    elif shrinkage == "oas":
+        shrinkage = oas(moments.count, covariance)
+    return spectrum(covariance, name, float(shrinkage or 0))
+
+
+def whitening_matrix(of: Spectrum, kind: str, num_components: int | None = None) -> Matrix:
+    """Return `W` `(n, dim)` with `W Sigma W^T = I`; for "pca" the directions of largest variance come first.
+
+    Raises
+    ------
+    ValueError
+        If the kind is unknown, or the covariance has too low a rank.
+    """
+    dim = len(of.values)
+    count = dim if num_components is None else num_components
+    of.check_rank(count)
+    values, vectors = of.values[::-1][:count], of.vectors[:, ::-1][:, :count]
+    if kind == "pca":
+        # Either sign is right: this one makes the largest element of each direction positive.
+        signs = np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(count)])
+        directions: Matrix = (signs * vectors / np.sqrt(values)).T
+        return directions
+    if kind == "zca":
+        symmetric: Matrix = (vectors / np.sqrt(values)) @ vectors.T
+        return symmetric
+    if kind == "cholesky":
+        # Of the precision: W = L^T with L L^T = Sigma^-1, so that W Sigma W^T = I.
+        triangular: Matrix = np.linalg.cholesky(of.power(-1)).T.astype(np.float64)
+        return triangular
+    raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+
+
+def transport_matrix(source: Spectrum, target: Spectrum) -> Matrix:
+    """Return `Sy^(-1/2) (Sy^(1/2) Sx Sy^(1/2))^(1/2) Sy^(-1/2)`: of the maps from one Gaussian to another the shortest.
+
+    Source: Peyre and Cuturi, Computational optimal transport, remark 2.31.
+    """
+    root, inverse_root = source.power(0.5), source.power(-0.5)
+    return inverse_root @ spectrum(root @ target.power(1) @ root, "both").power(0.5) @ inverse_root
+
+
+def ledoit_wolf(moments: Moments, covariance: Matrix) -> float:
+    """Return the weight of the identity that minimises the expected squared error.
+
+    Of unit rows it follows from mean and covariance: with `q = ||mean||**2` and a share `p` of rows that are not zero,
+    `E ||u - mean||**4 = p (1 + q)**2 - 4 (1 + q) q + 4 mean^T E[u u^T] mean + (1 - p) q**2`.
+
+    Source: Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance matrices, 2004.
+    """
+    dim, mean = len(covariance), moments.mean
+    square = float(mean @ mean)
+    share = 1 - moments.num_zero / moments.count
+    fourth = (
+        share * (1 + square) ** 2
+        - 4 * (1 + square) * square
+        + 4 * float(mean @ covariance @ mean + square**2)
+        + (1 - share) * square**2
+    )
+    squares = float((covariance**2).sum())
+    distance = squares - float(np.trace(covariance)) ** 2 / dim
+    error = (fourth - squares) / moments.count
+    return 1.0 if distance <= 0 else min(1.0, max(0.0, error / distance))
+
+
+def oas(count: int, covariance: Matrix) -> float:
+    """Return the weight of the identity, for Gaussian rows.
+
+    Source: Chen, Wiesel, Eldar and Hero, Shrinkage algorithms for MMSE covariance estimation, 2010, the form without
+    the terms of order `1 / dim` in the numerator that scikit-learn uses too.
+    """
+    dim = len(covariance)
+    squares = float((covariance**2).mean())
+    level = (float(np.trace(covariance)) / dim) ** 2
+    denominator = (count + 1) * (squares - level / dim)
+    return 1.0 if denominator <= 0 else min(1.0, (squares + level) / denominator)
