@@ -613,22 +613,22 @@ def test_other_maps_and_their_options(folder, ok, refused):
         (("--method", "debias", "-k", "2"), {"k": 2}),
         (("--method", "center"), {}),
     ]:
-        assert ok("fit", folder / "text", folder / "image", "-o", target, *arguments)["options"] == wanted
+        assert ok("fit", folder / "text", folder / "image.npy", "-o", target, *arguments)["options"] == wanted
         described = ok("inspect", target)
         assert described["matrix"] is (arguments[1] in ("coral", "bca", "ot", "whiten", "debias"))
-    refused("fit", folder / "text", folder / "image", "-o", target, "--sigma", 1, says=("takes no option 'sigma'",))
-    refused("fit", folder / "text", folder / "image", "-o", target, "--method", "ot", "--strength", 2, says=("[0, 1]",))
+    refused("fit", folder / "text", folder / "image.npy", "-o", target, "--sigma", 1, says=("takes no option 'sigma'",))
+    refused("fit", folder / "text", folder / "image.npy", "-o", target, "--method", "ot", "--strength", 2, says=("[0, 1]",))
 
 
 def test_a_strength_that_was_chosen_is_said(folder, ok, capsys):
-    summary = ok("fit", folder / "text", folder / "image", "-o", folder / "a.safetensors", "--method", "ot")
+    summary = ok("fit", folder / "text", folder / "image.npy", "-o", folder / "a.safetensors", "--method", "ot")
     assert set(summary["options"]) == {"strength", "shrinkage"}
     assert len(summary["selection"]["candidates"]) == 66
 
 
 def test_noise_by_flags(folder, ok):
     target = folder / "a.safetensors"
-    ok("fit", folder / "text", folder / "image", "-o", target, "--method", "c3")
+    ok("fit", folder / "text", folder / "image.npy", "-o", target, "--method", "c3")
     alignment = rf.Alignment.load(target)
     ok("apply", target, folder / "text", "-o", folder / "out", "--noise-std", "0.2", "--seed", 3)
     first = sorted((folder / "text").iterdir(), key=lambda path: int(path.stem.split("_")[1]))[0]
