@@ -29,7 +29,10 @@ demo: $(INSTALLED)
 	$(BIN)/realign demo --overwrite
 
 bench: $(INSTALLED)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[peers]'
 	$(BIN)/python bench/kernels.py --json bench/results/kernels.json
+	$(BIN)/python bench/covariance.py --json bench/results/covariance.json
+	$(BIN)/python bench/strength.py --json bench/results/strength.json
 	$(BIN)/python bench/commands.py --json bench/results/commands.json
 	$(BIN)/python bench/tables.py
 

@@ -115,7 +115,8 @@ py::tuple py_moments(const py::array& array, bool bfloat16, const py::array& sum
 }
 
 py::tuple py_covariance(const py::array& array, bool bfloat16, const py::array& pilot, const py::array& sums,
-                        const py::object& keys, const py::array& products, int64_t num_seen, int num_threads) {
+                        const py::object& keys, const py::array& products, int64_t num_seen, bool fast,
+                        int num_threads) {
   const Rows rows = rows_of(array, bfloat16, "rows");
   const int64_t dim = rows.range.dim;
   const double* from = vector_of<double>(pilot, dim, "pilot", false);
@@ -126,7 +127,7 @@ py::tuple py_covariance(const py::array& array, bool bfloat16, const py::array& 
   {
     const int threads = threads_of(num_threads);
     py::gil_scoped_release release;
-    bad = covariance(rows, from, sum, key, product, num_seen, threads);
+    bad = covariance(rows, from, sum, key, product, num_seen, fast ? fast_kernels() : nullptr, threads);
   }
   return tuple_of(bad);
 }
@@ -375,12 +376,13 @@ PYBIND11_MODULE(_C, m) {
     return names;
   });
   m.def("instruction_set", [] { return std::string(current_table().name); });
+  m.def("has_fast_products", [] { return fast_kernels() != nullptr; });
   m.def("use_instruction_set", &use_table, py::arg("name"));
   m.def("moments", &py_moments, py::arg("rows").noconvert(), py::arg("bfloat16"), py::arg("sums").noconvert(),
         py::arg("keys").none(true), py::arg("num_threads"));
   m.def("covariance", &py_covariance, py::arg("rows").noconvert(), py::arg("bfloat16"), py::arg("pilot").noconvert(),
         py::arg("sums").noconvert(), py::arg("keys").none(true), py::arg("products").noconvert(), py::arg("num_seen"),
-        py::arg("num_threads"));
+        py::arg("fast"), py::arg("num_threads"));
   m.def("transformed_moments", &py_transformed_moments, py::arg("rows").noconvert(), py::arg("bfloat16"),
         py::arg("row_map"), py::arg("sums").noconvert(), py::arg("num_threads"));
   m.def("row_transform", &py_row_transform, py::arg("rows").noconvert(), py::arg("bfloat16"),

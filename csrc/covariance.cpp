@@ -20,12 +20,15 @@ SumLengths sum_lengths(int64_t num_rows, int64_t dim) {
   return {run, run < kLongestRun ? 4 * run : kBlockRows};
 }
 
+// Of the tiles, for each thread: some more than for memory, since none of them waits for it.
+constexpr int64_t kPieces = 128;
+
 int64_t triangle(int64_t side) { return side * (side + 1) / 2; }
 
 }  // namespace
 
 BadRows covariance(const Rows& rows, const double* pilot, int64_t* sums, uint64_t* keys, double* products,
-                   int64_t num_seen, int num_threads) {
+                   int64_t num_seen, const FastKernels* fast, int num_threads) {
   const KernelTable& table = current_table();
   const int64_t num_rows = rows.range.num_rows, dim = rows.range.dim, width = table.panel_width;
   const int64_t num_tiles = (dim + kTileSide - 1) / kTileSide;
@@ -35,24 +38,34 @@ BadRows covariance(const Rows& rows, const double* pilot, int64_t* sums, uint64_
   const Panels to{panels.data(), width, width * block_rows, pilot, minus_pilot.data()};
   const SumLengths lengths = sum_lengths(num_seen + num_rows, dim);
   const int64_t tile_bytes = kTileSide * kTileSide * int64_t(sizeof(double));
+  const int64_t block_pairs = (block_rows + 1) / 2, pair_stride = width * block_pairs;
+  AlignedVector<uint32_t> pairs(fast ? num_tiles * kTileSide * block_pairs : 0);
   BadRows all;
   for (int64_t first = 0; first < num_rows; first += block_rows) {
     const int64_t count = std::min(block_rows, num_rows - first);
     const Rows block{rows.part(first, first + count), rows.dtype};
     add_bad_rows(moments(block, sums, keys ? keys + first : nullptr, &to, num_threads), first, &all);
+    const int64_t num_pairs = (count + 1) / 2;
+    if (fast)
+      parallel_for(num_threads, num_tiles * kTileSide / width, width * count, 1, [&](int, int64_t begin, int64_t end) {
+        for (int64_t panel = begin; panel < end; ++panel)
+          fast->to_pairs(panels.data() + panel * to.stride, count, pairs.data() + panel * pair_stride);
+      });
+    const auto multiply = [&](int, int64_t begin, int64_t end) {
+      // Row by row through the triangle of tiles: tile number `begin` lies in the last row that does not start after
+      // it.
+      int64_t row = int64_t((std::sqrt(8 * double(begin) + 1) - 1) / 2);
+      for (int64_t tile = begin; tile < end; ++tile) {
+        if (tile >= triangle(row + 1)) ++row;
+        const int64_t column = tile - triangle(row);
+        if (fast)
+          fast->products(pairs.data(), pair_stride, num_pairs, lengths, row, column, dim, products);
+        else
+          table.products(panels.data(), to.stride, count, lengths, row, column, dim, products);
+      }
+    };
     const int num_parts = useful_threads(num_threads, triangle(num_tiles), count * dim * dim);
-    parallel_for(
-        num_parts, triangle(num_tiles), tile_bytes, 1,
-        [&](int, int64_t begin, int64_t end) {
-          // Row by row through the triangle of tiles: tile number `begin` lies in the last row that does not start
-          // after it.
-          int64_t row = int64_t((std::sqrt(8 * double(begin) + 1) - 1) / 2);
-          for (int64_t tile = begin; tile < end; ++tile) {
-            if (tile >= triangle(row + 1)) ++row;
-            table.products(panels.data(), to.stride, count, lengths, row, tile - triangle(row), dim, products);
-          }
-        },
-        128);
+    parallel_for(num_parts, triangle(num_tiles), tile_bytes, 1, multiply, kPieces);
   }
   return all;
 }

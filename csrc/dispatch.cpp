@@ -36,6 +36,13 @@ const std::vector<const KernelTable*>& available_tables() {
   return tables;
 }
 
+const FastKernels* fast_kernels() {
+#if defined(__x86_64__)
+  if (&current_table() == kAvx512 && __builtin_cpu_supports("avx512bf16")) return kAvx512Bf16;
+#endif
+  return nullptr;
+}
+
 const KernelTable& current_table() { return *chosen().load(std::memory_order_relaxed); }
 
 void use_table(const std::string& name) {

@@ -115,10 +115,22 @@ struct KernelTable {
   void (*stream_copy)(const char* source, char* target, int64_t size, bool nontemporal);
 };
 
+// The products of a covariance in bfloat16, from panels of that width.
+struct FastKernels {
+  int64_t panel_width;
+  // Rows of a panel two by two, rounded: `pairs` has one row for each two of the panel, the first of them in the lower
+  // half.
+  void (*to_pairs)(const float* panel, int64_t num_rows, uint32_t* pairs);
+  // As ProductsKernel, of panels of pairs, `stride` apart; `lengths` counts pairs, and all go to float64 at once.
+  void (*products)(const uint32_t* pairs, int64_t stride, int64_t num_pairs, SumLengths lengths, int64_t tile_row,
+                   int64_t tile_column, int64_t dim, double* products);
+};
+
 // Null where the build lacks the instruction set.
 extern const KernelTable* const kBaseline;
 extern const KernelTable* const kAvx2;
 extern const KernelTable* const kAvx512;
 extern const KernelTable* const kNeon;
+extern const FastKernels* const kAvx512Bf16;
 
 }  // namespace realign

@@ -27,6 +27,9 @@ def instruction_sets() -> list[str]:
 def instruction_set() -> str:
     """Return the one in use."""
 
+def has_fast_products() -> bool:
+    """Return whether this processor has dot products of bfloat16 for the instruction set in use (AVX512-BF16)."""
+
 def use_instruction_set(name: str) -> None:
     """Use `name` from now on in this process ("auto": the fastest). ValueError if it cannot run here."""
 
@@ -61,12 +64,14 @@ def covariance(
     keys: NDArray[np.uint64] | None,
     products: NDArray[np.float64],
     num_seen: int,
+    fast: bool,
     num_threads: int,
 ) -> BadRows:
     """As `moments`, and add `(u - pilot)(u - pilot)^T` of each good unit row `u` to the lower triangle of `products`.
 
     `pilot` is (dim,), `products` (dim, dim). `num_seen` rows are in them already: of more rows, sums in float32 may be
-    longer. The same bits for any number of threads.
+    longer. The same bits for any number of threads. With `fast`, the products are of bfloat16 where
+    `has_fast_products`.
     """
 
 def transformed_moments(

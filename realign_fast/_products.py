@@ -22,12 +22,15 @@ class Products:
         `(dim,)` float64, of float32 numbers: the same for kernels of either precision.
     chosen : bool
         Whether there is a pilot yet.
+    error : float or None
+        Of products that are not exact, as measured.
     """
 
-    __slots__ = ("chosen", "pilot", "sums")
+    __slots__ = ("chosen", "error", "pilot", "sums")
 
     def __init__(self, dim: int) -> None:
         self.chosen = False
+        self.error: float | None = None
         self.pilot: NDArray[np.float64] = np.zeros(dim)
         self.sums: Matrix = np.zeros((dim, dim))
 
@@ -58,7 +61,8 @@ class Products:
     def copy(self) -> Products:
         """Return an independent copy."""
         copied = Products(len(self.pilot))
-        copied.chosen, copied.pilot, copied.sums = self.chosen, self.pilot, self.sums.copy()
+        copied.chosen, copied.error, copied.pilot = self.chosen, self.error, self.pilot
+        copied.sums = self.sums.copy()
         return copied
 
     def __eq__(self, other: object) -> bool:

@@ -51,8 +51,8 @@ def summarise(times: list[float]) -> dict[str, float]:
     return {"median_s": float(median), "spread": float((high - low) / 2 / median)}
 
 
-def machine() -> dict[str, Any]:
-    """Return what a figure must not be read without: processor, cores, instruction set, versions."""
+def machine(packages: tuple[str, ...] = ("pyarrow",)) -> dict[str, Any]:
+    """Return what a figure must not be read without: processor, cores, instruction set, versions of these packages."""
     model, flags = platform.processor() or platform.machine(), ""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -60,7 +60,7 @@ def machine() -> dict[str, Any]:
         fields = {name.strip(): value.strip() for name, value in fields.items()}
         model, flags = fields.get("model name", model), fields.get("flags", "")
     versions = {"realign-fast": __version__, "python": platform.python_version(), "numpy": np.__version__}
-    for package in ("torch", "pyarrow"):
+    for package in ("torch", *packages):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

@@ -617,7 +617,9 @@ def test_other_maps_and_their_options(folder, ok, refused):
         described = ok("inspect", target)
         assert described["matrix"] is (arguments[1] in ("coral", "bca", "ot", "whiten", "debias"))
     refused("fit", folder / "text", folder / "image.npy", "-o", target, "--sigma", 1, says=("takes no option 'sigma'",))
-    refused("fit", folder / "text", folder / "image.npy", "-o", target, "--method", "ot", "--strength", 2, says=("[0, 1]",))
+    refused(
+        "fit", folder / "text", folder / "image.npy", "-o", target, "--method", "ot", "--strength", 2, says=("[0, 1]",)
+    )
 
 
 def test_a_strength_that_was_chosen_is_said(folder, ok, capsys):

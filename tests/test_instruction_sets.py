@@ -74,13 +74,15 @@ def test_what_runs_on_every_processor_needs_no_avx(compiled, name):
 
 @needs_x86
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "register"), [("simd/avx2", "%ymm"), ("simd/avx512", "%zmm")])
+@pytest.mark.parametrize(
+    ("name", "register"), [("simd/avx2", "%ymm"), ("simd/avx512", "%zmm"), ("simd/avx512bf16", "%zmm")]
+)
 def test_the_wide_kernels_use_their_registers(compiled, name, register):
     assert register in "\n".join(instructions_beyond_the_baseline(compiled(name)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["simd/baseline", "simd/avx2", "simd/avx512", "simd/neon"])
+@pytest.mark.parametrize("name", ["simd/baseline", "simd/avx2", "simd/avx512", "simd/avx512bf16", "simd/neon"])
 def test_no_function_of_an_instruction_set_is_shared_by_the_linker(compiled, name):
     symbols = run("objdump", "-t", "-C", compiled(name)).splitlines()
     weak = [line for line in symbols if re.match(r"[0-9a-f]+ .?w|[0-9a-f]+ u", line)]
@@ -115,18 +117,25 @@ def test_neon_kernels_on_an_emulated_processor(tmp_path):
 def test_avx512_kernels_without_such_a_processor(tmp_path):
     if not (SIMDE / "x86" / "avx512.h").exists():
         pytest.skip(f"there is no SIMDe at {SIMDE}")
-    # With these pragmas the compiler itself would use instructions that this processor may lack.
-    source, count = re.subn(
-        r"(?m)^#pragma (GCC (target|push|pop)|clang attribute).*(\\\n.*)*",
-        "",
-        (CSRC / "simd" / "avx512.cpp").read_text(),
-    )
-    assert count >= 3
-    neutral = tmp_path / "avx512.cpp"
-    neutral.write_text(source)
     flags = ["-std=c++17", "-O1", "-g", "-pthread", "-ffp-contract=off", "-fsanitize=address", f"-I{CSRC}"]
-    kernels, program = tmp_path / "avx512.o", tmp_path / "test_kernels"
-    run(compiler(), *flags, f"-I{TEST_PROGRAM.parent / 'emulated'}", f"-I{SIMDE.parent}", "-c", neutral, "-o", kernels)
-    others = [path for path in CSRC.glob("simd/*.cpp") if path.name != "avx512.cpp"]
-    run(compiler(), *flags, "-DREALIGN_TEST_TABLE=kAvx512", TEST_PROGRAM, *DRIVERS, *others, kernels, "-o", program)
-    assert "kernels: avx512 passed\n" in run(program)
+    emulation = [f"-I{TEST_PROGRAM.parent / 'emulated'}", f"-I{SIMDE.parent}"]
+    objects = []
+    for name in ("avx512", "avx512bf16"):
+        # With these pragmas the compiler itself would use instructions that this processor may lack.
+        source, count = re.subn(
+            r"(?m)^#pragma (GCC (target|push|pop)|clang attribute).*(\\\n.*)*",
+            "",
+            (CSRC / "simd" / f"{name}.cpp").read_text(),
+        )
+        assert count >= 3
+        neutral = tmp_path / f"{name}.cpp"
+        neutral.write_text(source)
+        objects.append(tmp_path / f"{name}.o")
+        run(compiler(), *flags, *emulation, "-c", neutral, "-o", objects[-1])
+    program = tmp_path / "test_kernels"
+    others = [path for path in CSRC.glob("simd/*.cpp") if not path.stem.startswith("avx512")]
+    tables = ["-DREALIGN_TEST_TABLE=kAvx512", "-DREALIGN_TEST_FAST"]
+    run(compiler(), *flags, *tables, TEST_PROGRAM, *DRIVERS, *others, *objects, "-o", program)
+    said = run(program)
+    assert "kernels: fast passed\n" in said
+    assert "kernels: avx512 passed\n" in said

@@ -452,6 +452,44 @@ void test_products(const KernelTable& table) {
     }
 }
 
+// The nearest bfloat16, as a number.
+double nearest_bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+  std::memcpy(&value, &bits, sizeof value);
+  return double(value);
+}
+
+void test_fast_products(const FastKernels& kernels) {
+  Random random(12);
+  for (const int64_t dim : {1, 47, 49, 100})
+    for (const int64_t count : {1, 2, 37, 300}) {
+      const int64_t width = kernels.panel_width, num_tiles = (dim + kTileSide - 1) / kTileSide;
+      const int64_t num_panels = num_tiles * kTileSide / width, num_pairs = (count + 1) / 2;
+      const std::unique_ptr<float[]> panels(new float[size_t(num_panels * width * count)]);
+      const std::unique_ptr<uint32_t[]> pairs(new uint32_t[size_t(num_panels * width * num_pairs)]);
+      for (int64_t k = 0; k < num_panels * width * count; ++k) panels[size_t(k)] = float(random.uniform());
+      for (int64_t panel = 0; panel < num_panels; ++panel)
+        kernels.to_pairs(panels.get() + panel * width * count, count, pairs.get() + panel * width * num_pairs);
+      const auto at = [&](int64_t i, int64_t j) {
+        return nearest_bfloat16(panels[size_t((j / width * count + i) * width + j % width)]);
+      };
+      const std::unique_ptr<double[]> products(new double[size_t(dim * dim)]());
+      for (int64_t row = 0; row < num_tiles; ++row)
+        for (int64_t column = 0; column <= row; ++column)
+          kernels.products(pairs.get(), width * num_pairs, num_pairs, {16, 64}, row, column, dim, products.get());
+      for (int64_t i = 0; i < dim; ++i)
+        for (int64_t j = 0; j < dim; ++j) {
+          double wanted = 0;
+          for (int64_t k = 0; k < count && j <= i; ++k) wanted += at(k, i) * at(k, j);
+          const double found = products[size_t(i * dim + j)];
+          CHECK(std::fabs(found - wanted) <= 3e-7 * double(count), "fast products %lldx%lld (%lld, %lld): %.9g, %.9g",
+                (long long)count, (long long)dim, (long long)i, (long long)j, found, wanted);
+        }
+    }
+}
+
 void test_streams(const KernelTable& table) {
   Random random(5);
   for (const int64_t size : {0, 1, 15, 63, 64, 65, 255, 256, 257, 1000, 4097})
@@ -498,8 +536,8 @@ void test_threads() {
     }
     products[run].assign(kDim * kDim, 0);
     std::vector<int64_t> with_products(kDim, 0);
-    const BadRows bad =
-        covariance(seen, map.shift.data(), with_products.data(), nullptr, products[run].data(), 5, num_threads);
+    const BadRows bad = covariance(seen, map.shift.data(), with_products.data(), nullptr, products[run].data(), 5,
+                                   nullptr, num_threads);
     CHECK(bad.first == 17000 && bad.num_nonfinite == 1, "%d threads", num_threads);
     out[run].assign(result.data(), size_t(kCount * result.stride()));
   }
@@ -524,8 +562,13 @@ int main() {
     test_streams(*table);
     std::printf("kernels: %s passed\n", table->name);
   }
+#ifdef REALIGN_TEST_FAST
+  test_fast_products(*kAvx512Bf16);
+  std::puts("kernels: fast passed");
+#endif
   for (const KernelTable* table : available_tables()) {
     use_table(table->name);
+    if (const FastKernels* fast = fast_kernels()) test_fast_products(*fast);
     test_threads();
   }
   std::puts("kernels: threads passed");
