@@ -13,7 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 # What the kernels need beside those of an instruction set.
-DRIVERS = [CSRC / name for name in ("covariance.cpp", "dispatch.cpp", "moments.cpp", "row_transform.cpp")]
+DRIVERS = [
+    CSRC / name for name in ("covariance.cpp", "dispatch.cpp", "moments.cpp", "parallel.cpp", "row_transform.cpp")
+]
 TEST_PROGRAM = ROOT / "tests" / "cpp" / "test_kernels.cpp"
 SIMDE = Path("/usr/include/simde")
 
@@ -67,7 +69,9 @@ def instructions_beyond_the_baseline(path: Path) -> list[str]:
 
 
 @needs_x86
-@pytest.mark.parametrize("name", ["simd/baseline", "covariance", "dispatch", "moments", "pickle_scan", "row_transform"])
+@pytest.mark.parametrize(
+    "name", ["simd/baseline", "covariance", "dispatch", "moments", "parallel", "pickle_scan", "row_transform", "stages"]
+)
 def test_what_runs_on_every_processor_needs_no_avx(compiled, name):
     assert instructions_beyond_the_baseline(compiled(name)) == []
 
