@@ -23,7 +23,8 @@ void run_parts(int num_parts, const std::function<void(int)>& work);
 
 // Calls work(part, begin, end) on ranges of [0, size) that begin at multiples of `multiple`. Each part has a share of
 // its own, the same in every call of one size, so that it finds in its cache what it left there; then it helps with the
-// others', so that no thread waits for a slower one. What one part is given, one thread does.
+// others', so that no thread waits for a slower one. What one part is given at once, one thread does: about a share of
+// 1 / `pieces` of its own.
 template <typename Work>
 void parallel_for(int num_parts, int64_t size, int64_t unit_bytes, int64_t multiple, const Work& work,
                   int64_t pieces = 16) {

@@ -230,3 +230,54 @@ def test_gradients_in_plain_torch(monkeypatch, dim):
     wanted = reference.row_transform_backward(*arguments, 1.2, shift[0], correction[0])
     largest = np.abs(wanted).max(axis=1, keepdims=True)
     assert (np.abs(grad_x.numpy() - wanted) <= 1e-5 * largest + (1e-6 if dim == 1 else 0)).all()
+
+
+# ---- Maps of several steps ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["ot", "whiten", "center"])
+def other(request):
+    rng = np.random.default_rng(3)
+    centres = rng.normal(size=(2, DIM))
+    text, image = (centre + rng.normal(size=(400, DIM)) for centre in centres)
+    options = {"strength": 0.6} if request.param == "ot" else {}
+    return rf.fit(text, image, method=request.param, **options)
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_other_maps_as_the_alignment_does(other, side, dtype):
+    x = make(2, 3, DIM, dtype=dtype)
+    x[1, 2] = 0
+    layer = rf.nn.ReAlign(other, side=side)
+    wanted = other.transform(x, side=side, on_bad_rows="zero")
+    torch.testing.assert_close(layer(x), wanted, rtol=0, atol=2 * ROUNDING[dtype] + 3e-6)
+    assert layer.bad_rows.tolist() == [1, 0]
+    again = rf.nn.ReAlign(other, side="target" if side == "source" else "source")
+    if again.has_matrix == layer.has_matrix:
+        again.load_state_dict(layer.state_dict())
+        torch.testing.assert_close(again(x), layer(x), rtol=0, atol=0)
+    half = copy.deepcopy(layer).half()
+    torch.testing.assert_close(half(x), layer(x), rtol=0, atol=0)
+
+
+def test_gradients_through_a_matrix(other):
+    layer = rf.nn.ReAlign(other)
+    x = make(3, DIM, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(layer, (x,), fast_mode=True)
+
+
+def test_noise_is_added_while_training(other):
+    layer = rf.nn.ReAlign(other, noise_std=0.05)
+    x = make(50, DIM)
+    x[7] = 0
+    torch.manual_seed(0)
+    noisy = layer(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(layer(x), noisy, rtol=0, atol=0)
+    plain = layer.eval()(x)
+    torch.testing.assert_close(plain, other.transform(x, on_bad_rows="zero"), rtol=0, atol=3e-6)
+    good = torch.arange(50) != 7
+    torch.testing.assert_close(noisy[good].norm(dim=1), torch.ones(49))
+    assert not noisy[7].any()
+    assert 0.2 < (noisy - plain)[good].norm(dim=1).mean() < 0.8
