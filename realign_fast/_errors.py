@@ -34,3 +34,10 @@ class BadRowsError(ValueError):
     def moved(self, origin: str, start: int) -> BadRowsError:
         """Return the same error for rows that begin at row `start` of `origin`."""
         return BadRowsError(origin, start + self.row, self.num_zero, self.num_nonfinite)
+
+
+def raise_if_bad(bad: tuple[int, int, int], on_bad_rows: str, name: str) -> None:
+    """Raise BadRowsError where a kernel met bad rows, `(num_zero, num_nonfinite, first)`, and the policy is "raise"."""
+    num_zero, num_nonfinite, first = bad
+    if first >= 0 and on_bad_rows == "raise":
+        raise BadRowsError(name, first, num_zero, num_nonfinite)

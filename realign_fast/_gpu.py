@@ -20,7 +20,7 @@ from ._rows import dtype_name, host_values
 from ._sample import Sample
 from ._steps import Noise
 from ._torch_steps import staged_transform
-from ._triton_rows import Accumulator, affine, read_bad_rows, row_transform
+from ._triton_rows import Accumulator, affine, read_bad_rows
 from .backends import count_threads
 from .io.sources import MemorySource, Source
 from .kernels._rows import on_device
@@ -232,11 +232,8 @@ class DeviceTransform:
             for slot in self._feed.slots(_pieces(rows)):
                 host, mapped = slot.buffers("mapped", tuple(slot.rows.shape), getattr(torch, out.dtype))
                 host_counts, _ = slot.buffers("counts", (3,), torch.int64)
-                if step is None and noise is None:
-                    counts = row_transform(slot.rows, mapped, table.on(self._device), None)
-                else:
-                    here = noise and noise.of_rows(slot.start, len(slot.rows))
-                    ((_, counts),) = staged_transform(_triton_rows, slot.rows, mapped, step, table, here)
+                here = noise and noise.of_rows(slot.start, len(slot.rows))
+                ((_, counts),) = staged_transform(_triton_rows, slot.rows, mapped, step, table, here)
                 host_counts.copy_(counts, non_blocking=True)
                 host.copy_(mapped, non_blocking=True)
                 if waiting:

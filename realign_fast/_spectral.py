@@ -84,6 +84,16 @@ def spectrum(matrix: Matrix, name: str, shrinkage: float = 0.0) -> Spectrum:
     return Spectrum(name, values, vectors, shrinkage)
 
 
+def shrinkage_of(moments: Moments, shrinkage: Shrinkage) -> float:
+    """Return the weight of the identity that is meant, see `check_shrinkage`."""
+    check_shrinkage(shrinkage)
+    if shrinkage == "ledoit_wolf":
+        return ledoit_wolf(moments, moments.covariance)
+    if shrinkage == "oas":
+        return oas(moments.count, moments.covariance)
+    return float(shrinkage or 0)
+
+
 def spectrum_of(moments: Moments, shrinkage: Shrinkage, name: str) -> Spectrum:
     """Return that of a set's covariance, shrunken.
 
@@ -92,13 +102,8 @@ def spectrum_of(moments: Moments, shrinkage: Shrinkage, name: str) -> Spectrum:
     ValueError
         If no covariance was collected, or `shrinkage` is not what `check_shrinkage` allows.
     """
-    check_shrinkage(shrinkage)
-    covariance = moments.covariance
-    if shrinkage == "ledoit_wolf":
-        shrinkage = ledoit_wolf(moments, covariance)
-    elif shrinkage == "oas":
-        shrinkage = oas(moments.count, covariance)
-    return spectrum(covariance, name, float(shrinkage or 0))
+    weight = shrinkage_of(moments, shrinkage)
+    return spectrum(moments.covariance, name, weight)
 
 
 def whitening_matrix(of: Spectrum, kind: str, num_components: int | None = None) -> Matrix:

@@ -18,6 +18,13 @@ Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
 
 
+def frozen(values: Vector) -> Vector:
+    """Return a copy that cannot be written to."""
+    values = np.array(values, np.float64, order="C")
+    values.flags.writeable = False
+    return values
+
+
 @dataclass(frozen=True, eq=False)
 class Affine:
     """`matrix u + offset` of unit rows `u`, computed as `matrix (u - centre) + (offset + matrix centre)`.

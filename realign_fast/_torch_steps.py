@@ -34,8 +34,10 @@ def staged_transform(
     step = max(1, _CHUNK_ELEMENTS // max(x.shape[1], out.shape[1]))
     for start in range(0, len(x), step):
         rows, target = x[start : start + step], out[start : start + step]
-        exact = target.dtype == torch.float64
-        moved = torch.empty(target.shape, dtype=torch.float64 if exact else torch.float32, device=x.device)
+        moved = target
+        if affine is not None or noise is not None:  # then something lies between the steps
+            exact = target.dtype == torch.float64
+            moved = torch.empty(target.shape, dtype=torch.float64 if exact else torch.float32, device=x.device)
         seen = []
         if affine is not None:
             seen.append(backend.affine(rows, moved, affine))

@@ -13,21 +13,15 @@ from numpy.typing import NDArray
 
 from . import _C
 from ._dtypes import Rows, empty, storage
-from ._errors import BadRowsError
+from ._errors import raise_if_bad
 from ._rows import as_rows, dtype_name, host_values, is_tensor, refuse_gradients
 from ._steps import Affine, Noise
 from .backends import choose, count_threads
-from .methods import Parameters, ParametersTable
+from .methods import Parameters, ParametersTable, unit_length
 from .moments import check_on_bad_rows
 
 _NO_NOISE = Noise(0.0, 0)
 _FLOAT64_ROWS = 1024  # of a batch at a time: bounds the temporaries
-
-
-def raise_if_bad(bad: tuple[int, int, int], on_bad_rows: str) -> None:
-    num_zero, num_nonfinite, first = bad
-    if first >= 0 and on_bad_rows == "raise":
-        raise BadRowsError("x", first, num_zero, num_nonfinite)
 
 
 @dataclass(frozen=True)
@@ -88,15 +82,15 @@ def transform_by(
     rows = as_rows(x, name="x", dim=dim)
     if out is None:
         out, target = _new_rows(x, rows, rows.dtype if dtype is None else dtype_name(dtype), out_dim)
-        raise_if_bad(transform_rows(steps, rows, target, num_threads), on_bad_rows)
+        raise_if_bad(transform_rows(steps, rows, target, num_threads), on_bad_rows, "x")
         return out
     _check_out(x, out, dtype, out_dim)
     target = as_rows(out, name="out", dim=out_dim)
     in_place = np.may_share_memory(rows.values, target.values)
     if in_place and on_bad_rows == "raise":
         bad = _C.find_bad_rows(rows.values, rows.bfloat16, count_threads(num_threads))
-        raise_if_bad(bad, on_bad_rows)
-    raise_if_bad(transform_rows(steps, rows, target, num_threads), on_bad_rows)
+        raise_if_bad(bad, on_bad_rows, "x")
+    raise_if_bad(transform_rows(steps, rows, target, num_threads), on_bad_rows, "x")
     _copy_back(target, out)
     return out
 
@@ -112,33 +106,27 @@ def transform_rows(steps: Steps, rows: Rows, out: Rows, num_threads: int | None)
         return _C.row_transform(*arrays, table[0].row_map, threads)
     affine, row_map, noise = steps.affine, table[0].row_map if table else None, steps.noise or _NO_NOISE
     if affine is not None and out.dtype == "float64":
-        return _transform_float64(affine, row_map, noise, rows, out, threads)
+        return _transform_float64(steps, affine, rows, out, threads)
     kernels = None if affine is None else affine.for_kernels
     return _C.staged_transform(*arrays, kernels, row_map, noise.std, noise.seed, noise.index, noise.first, threads)
 
 
-def _transform_float64(
-    affine: Affine, row_map: _C.RowMap | None, noise: Noise, rows: Rows, out: Rows, threads: int
-) -> tuple[int, int, int]:
-    """Apply the matrix in float64, by NumPy, some rows at a time."""
+def _transform_float64(steps: Steps, affine: Affine, rows: Rows, out: Rows, threads: int) -> tuple[int, int, int]:
+    """Apply the matrix in float64, by NumPy, some rows at a time; then the other steps."""
     num_zero, num_nonfinite, first = 0, 0, -1
-    unit_length = _C.RowMap(1.0, np.zeros(rows.values.shape[1]), np.zeros(rows.values.shape[1]))
+    project = unit_length(rows.values.shape[1]).row_map
     for start in range(0, len(rows.values), _FLOAT64_ROWS):
         part, target = (each[start : start + _FLOAT64_ROWS] for each in (rows.values, out.values))
         unit = np.empty(part.shape)
-        bad = _C.row_transform(part, rows.bfloat16, unit, False, unit_length, threads)
+        bad = _C.row_transform(part, rows.bfloat16, unit, False, project, threads)
         num_zero, num_nonfinite = num_zero + bad[0], num_nonfinite + bad[1]
         first = start + bad[2] if first < 0 <= bad[2] else first
         moved = affine(unit)
-        if row_map is None:
+        if steps.table is None:
             target[...] = moved
-            continue
-        of_part = noise.of_rows(start, len(part))
-        options = of_part.std, of_part.seed, of_part.index, of_part.first
-        if noise.std:
-            _C.staged_transform(moved, False, target, False, None, row_map, *options, threads)
         else:
-            _C.row_transform(moved, False, target, False, row_map, threads)
+            rest = Steps(None, steps.table, None, steps.noise and steps.noise.of_rows(start, len(part)))
+            transform_rows(rest, Rows(moved, "float64"), Rows(target, "float64"), threads)
     return num_zero, num_nonfinite, first
 
 
@@ -212,7 +200,7 @@ def _transform_tensor(steps: Steps, x: Any, out: Any, dtype: Any, on_bad_rows: s
         found = staged_transform(backend, rows, result.view(-1, out_dim), steps.affine, steps.table, steps.noise)
         read = partial(read_bad_rows, backend, found)
     if on_bad_rows == "raise":
-        raise_if_bad(read(), on_bad_rows)
+        raise_if_bad(read(), on_bad_rows, "x")
     return result if out is None or direct else out.copy_(result)
 
 

@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -18,14 +18,15 @@ from numpy.typing import NDArray
 
 from . import _C, _files
 from ._dtypes import Rows
+from ._errors import raise_if_bad
 from ._progress import progress as show_progress
 from ._reader import Reader, reader_for
 from ._sample import Sample
-from ._steps import Affine, Noise
-from ._transform import Steps, raise_if_bad, transform_by, transform_rows
+from ._steps import Affine, Noise, frozen
+from ._transform import Steps, transform_by, transform_rows
 from .backends import check_has_kernels, choose, find_device
 from .io.sources import Batch, Source, count_rows, file_paths, open_source
-from .methods import Method, Parameters, Solution, check_sets, get_method
+from .methods import Method, Parameters, Solution, check_sets, get_method, unit_length
 from .moments import Moments, OnBadRows, Precision, check_on_bad_rows
 
 Side = Literal["source", "target"]
@@ -61,7 +62,7 @@ class SetStatistics:
     @classmethod
     def of(cls, moments: Moments) -> SetStatistics:
         """Return those of `moments`."""
-        return cls(moments.count, moments.num_zero, moments.num_skipped, moments.trace, _frozen(moments.mean))
+        return cls(moments.count, moments.num_zero, moments.num_skipped, moments.trace, frozen(moments.mean))
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ class Alignment:
         if side == "source":
             return self.parameters
         if side == "target":
-            return _projection(self.dim) if self.target_parameters is None else self.target_parameters
+            return unit_length(self.dim) if self.target_parameters is None else self.target_parameters
         raise ValueError(f"side must be 'source' or 'target', got {side!r}")
 
     def check(self, x: Any, *, side: Side = "source", num_threads: int | None = None) -> Drift:
@@ -314,8 +315,8 @@ class Alignment:
                 fields["method"],
                 Parameters(
                     float(tensors["scale"][0]),
-                    _frozen(tensors["shift"]),
-                    _frozen(tensors["correction"]),
+                    frozen(tensors["shift"]),
+                    frozen(tensors["correction"]),
                     _affine_of(tensors, ""),
                     noise_std,
                 ),
@@ -546,7 +547,7 @@ def apply_files(
         if rows.values.shape[1] != alignment.dim:
             raise ValueError(f"rows have dimension {rows.values.shape[1]}, the alignment has {alignment.dim}")
         bad = map_rows(rows, out, threads, noise and noise.of_rows(number, len(rows.values)))
-        raise_if_bad(bad, on_bad_rows)
+        raise_if_bad(bad, on_bad_rows, "x")
         return bad
 
     job: dict[str, Any] = {"alignment": alignment.fingerprint, "side": side, "on_bad_rows": on_bad_rows}
@@ -712,7 +713,7 @@ class _Problem:
                 raise ValueError(f"this needs rows of both sets, not their moments alone, and there are none of {name}")
             rows = part.first(num_rows)
             unit.append(np.empty(rows.values.shape, np.float32))
-            transform_rows(Steps.of(_projection(part.dim)), rows, Rows(unit[-1], "float32"), self._num_threads)
+            transform_rows(Steps.of(unit_length(part.dim)), rows, Rows(unit[-1], "float32"), self._num_threads)
         return unit[0], unit[1]
 
 
@@ -786,11 +787,6 @@ def _gaps(solution: Solution, problem: _Problem) -> dict[str, Any]:
     return {"rows": {"text": mapped.count, "image": target.count}, "gap": gap, "noise_floor": floor}
 
 
-@cache
-def _projection(dim: int) -> Parameters:
-    return Parameters(1.0, np.zeros(dim), np.zeros(dim))
-
-
 def _noise_floor(*samples: tuple[float, int]) -> float:
     return float(np.sqrt(sum(trace / count for trace, count in samples)))
 
@@ -819,8 +815,8 @@ def _alignment(
 def _frozen_parameters(found: Parameters) -> Parameters:
     step = found.affine
     if step is not None:
-        step = Affine(_frozen(step.matrix), _frozen(step.centre), _frozen(step.offset))
-    return Parameters(found.scale, _frozen(found.shift), _frozen(found.correction), step, found.noise_std)
+        step = Affine(frozen(step.matrix), frozen(step.centre), frozen(step.offset))
+    return Parameters(found.scale, frozen(found.shift), frozen(found.correction), step, found.noise_std)
 
 
 # What a file of format version 2 may hold beside those of version 1: the matrix of a map and the centre it was computed
@@ -844,20 +840,14 @@ def _affine_of(tensors: Mapping[str, NDArray[np.float64]], prefix: str) -> Affin
     if f"{prefix}matrix" not in tensors:
         return None
     names = (f"{prefix}matrix", f"{prefix}centre", f"{prefix}shift")
-    return Affine(*(_frozen(tensors[name]) for name in names))
+    return Affine(*(frozen(tensors[name]) for name in names))
 
 
 def _target_of(tensors: Mapping[str, NDArray[np.float64]]) -> Parameters | None:
     if "target_shift" not in tensors:
         return None
-    shift = _frozen(tensors["target_shift"])
-    return Parameters(1.0, shift, _frozen(np.zeros_like(shift)), _affine_of(tensors, "target_"))
-
-
-def _frozen(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    values = np.array(values, np.float64, order="C")
-    values.flags.writeable = False
-    return values
+    shift = frozen(tensors["target_shift"])
+    return Parameters(1.0, shift, frozen(np.zeros_like(shift)), _affine_of(tensors, "target_"))
 
 
 def _statistics_fields(statistics: SetStatistics) -> dict[str, Any]:
@@ -869,4 +859,4 @@ def _statistics(fields: Mapping[str, Any], mean: NDArray[np.float64]) -> SetStat
     trace = float(fields["trace"])
     if not (count > 0 and 0 <= num_zero <= count and num_skipped >= 0 and 0 <= trace <= 1):
         raise ValueError(f"no statistics of a set: {dict(fields)}")
-    return SetStatistics(count, num_zero, num_skipped, trace, _frozen(mean))
+    return SetStatistics(count, num_zero, num_skipped, trace, frozen(mean))

@@ -9,14 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import _C
-from ._spectral import Shrinkage, Spectrum, spectrum, spectrum_of, transport_matrix, whitening_matrix
+from ._spectral import (
+    Shrinkage,
+    Spectrum,
+    shrinkage_of,
+    spectrum,
+    spectrum_of,
+    transport_matrix,
+    whitening_matrix,
+)
 from ._steps import Affine
 from ._strength import MOST_ROWS, SHRINKAGES, choose
 from .moments import Moments
@@ -68,6 +76,12 @@ class Parameters:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Parameters, (self.scale, self.shift, self.correction, self.affine, self.noise_std)
+
+
+@cache
+def unit_length(dim: int) -> Parameters:
+    """Return the map that only brings rows to unit length."""
+    return Parameters(1.0, np.zeros(dim), np.zeros(dim))
 
 
 class ParametersTable(tuple[Parameters, ...]):
@@ -151,10 +165,13 @@ def check_sets(source: Moments, target: Moments, names: tuple[str, str] = ("text
             raise ValueError(
                 f"{name} has {moments.count - moments.num_zero} usable rows, a fit needs at least 2 on each side"
             )
-        if moments.trace < _MIN_TRACE:
-            raise ValueError(
-                f"{name}: all rows are equal (trace {moments.trace:.1e}, expected at least {_MIN_TRACE:.0e})"
-            )
+        check_spread(moments, name)
+
+
+def check_spread(moments: Moments, name: str) -> None:
+    """Raise ValueError where all rows are equal."""
+    if moments.trace < _MIN_TRACE:
+        raise ValueError(f"{name}: all rows are equal (trace {moments.trace:.1e}, expected at least {_MIN_TRACE:.0e})")
 
 
 def anchor(problem: Problem) -> Solution:
@@ -163,16 +180,21 @@ def anchor(problem: Problem) -> Solution:
     return Solution({"anchor": Parameters(1.0, shift, np.zeros_like(shift))})
 
 
+def _trace_scale(problem: Problem) -> float:
+    return float(np.sqrt(problem.target.trace / (problem.source.trace + _EPS)))
+
+
 def anchor_trace(problem: Problem) -> Solution:
     """`pi(mu_x + s (u - mu_y))` with `s = sqrt(T_x / (T_y + eps))`."""
     solution = anchor(problem)
-    scale = float(np.sqrt(problem.target.trace / (problem.source.trace + _EPS)))
+    scale = _trace_scale(problem)
     shift = problem.target.mean - scale * problem.source.mean
     solution.steps["trace"] = Parameters(scale, shift, np.zeros_like(shift))
     return solution
 
 
-def _check_count(name: str, value: object, least: int = 0) -> None:
+def check_count(name: str, value: object, least: int = 0) -> None:
+    """Raise ValueError unless `value` is a whole number of at least `least`."""
     if type(value) is not int or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
@@ -183,7 +205,7 @@ def _correct(problem: Problem, solution: Solution, refine: int) -> Solution:
     Each step is one more read of the source; they end early where one no longer makes the gap smaller, which is then
     at the resolution of the moments.
     """
-    _check_count("refine", refine)
+    check_count("refine", refine)
     target_mean = problem.target.mean
     name, parameters = list(solution.steps.items())[-1]
     residual = target_mean - problem.mean_of(parameters)
@@ -297,16 +319,15 @@ def ot(problem: Problem, shrinkage: Shrinkage = "auto", strength: float | str = 
     if strength == "auto":
         shrinkages = SHRINKAGES
         if shrinkage != "auto":
-            shrinkages = (spectrum_of(problem.source, shrinkage, problem.names[0]).shrinkage,)
+            shrinkages = (shrinkage_of(problem.source, shrinkage),)
         choice = choose(*problem.samples(MOST_ROWS), shrinkages)
         strength = choice.strength
         shrinkage = choice.shrinkage if shrinkage == "auto" else shrinkage
         chosen, selection = {"strength": strength, "shrinkage": shrinkage}, choice.as_dict()
     elif shrinkage == "auto":
         shrinkage = 0.5
-    scale = float(np.sqrt(problem.target.trace / (problem.source.trace + _EPS)))
     weight = float(strength)
-    matrix = (1 - weight) * scale * np.eye(problem.source.dim)
+    matrix = (1 - weight) * _trace_scale(problem) * np.eye(problem.source.dim)
     if weight:
         matrix += weight * transport_matrix(*_spectra(problem, shrinkage))
     solution = Solution({"transport": _between(problem, matrix)}, chosen=chosen, selection=selection)
@@ -318,7 +339,7 @@ def debias(problem: Problem, k: int = 1, refine: int = 0) -> Solution:
 
     `pi((I - V V^T) (u - mu_y) + mu_x)`, V being these directions.
     """
-    _check_count("k", k, least=1)
+    check_count("k", k, least=1)
     if k >= problem.source.dim:
         raise ValueError(f"k must be less than the dimension {problem.source.dim}, got {k}")
     directions = spectrum_of(problem.source, None, problem.names[0]).vectors[:, -k:]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from . import _C, _files
 from ._dtypes import Rows
-from ._errors import BadRowsError
+from ._errors import BadRowsError, raise_if_bad
 from ._products import Products
 from ._rows import as_rows, dtype_name, is_tensor, refuse_gradients
 from .backends import check_has_kernels, choose, count_threads
@@ -142,7 +142,7 @@ class Moments:
         # An error must leave the products as they were.
         if rows.values.nbytes <= _LOOK_FIRST_BYTES:
             bad = _C.find_bad_rows(rows.values, rows.bfloat16, count_threads(num_threads))
-            _raise_if_bad(bad, on_bad_rows)
+            raise_if_bad(bad, on_bad_rows, "batch")
             return self.update_rows(rows, on_bad_rows, num_threads)
         before = self._products.copy()
         try:
@@ -180,8 +180,7 @@ class Moments:
         if not products.chosen:
             first = Accumulator(self.dim, rows.device)
             first.add(rows[:_PILOT_ROWS])
-            sums, count, bad = first.read()
-            products.choose_pilot(_to_float(sums) / max(1, count - bad[0] - bad[1]))
+            products.choose_pilot(_mean_of_good(*first.read()))
         return Accumulator(self.dim, rows.device, products.pilot, self.precision)
 
     def add_accumulator(self, accumulator: Accumulator, on_bad_rows: OnBadRows) -> None:
@@ -218,8 +217,8 @@ class Moments:
         else:
             if not products.chosen:
                 first, of_first = rows.values[:_PILOT_ROWS], np.zeros_like(sums)
-                num_zero, num_nonfinite, _ = _C.moments(first, rows.bfloat16, of_first, None, threads)
-                products.choose_pilot(_to_float(of_first) / max(1, len(first) - num_zero - num_nonfinite))
+                bad = _C.moments(first, rows.bfloat16, of_first, None, threads)
+                products.choose_pilot(_mean_of_good(of_first, len(first), bad))
             if self.precision == "fast" and products.error is None:
                 products.error = _error_of_fast(rows, products.pilot, threads)
             arrays = rows.values, rows.bfloat16, products.pilot, sums, keys, products.sums
@@ -254,7 +253,7 @@ class Moments:
         self, sums: NDArray[np.int64], num_rows: int, bad: tuple[int, int, int], on_bad_rows: OnBadRows
     ) -> None:
         """Add what a kernel found in `num_rows` rows: their fixed-point sums `(dim,)` and the bad ones among them."""
-        _raise_if_bad(bad, on_bad_rows)
+        raise_if_bad(bad, on_bad_rows, "batch")
         num_bad = bad[0] + bad[1]
         self._sums += sums
         if on_bad_rows == "zero" and self._products is not None:
@@ -475,6 +474,10 @@ class Moments:
             raise ValueError(f"{path}: products and sums do not fit together: traces {trace:.6g} and {self.trace:.6g}")
 
 
+def _mean_of_good(sums: NDArray[np.int64], num_rows: int, bad: tuple[int, int, int]) -> NDArray[np.float64]:
+    return _to_float(sums) / max(1, num_rows - bad[0] - bad[1])
+
+
 def _error_of_fast(rows: Rows, pilot: NDArray[np.float64], threads: int) -> float:
     """Return how far fast products are from exact ones (Frobenius norm, relative), over some of the rows."""
     if not _C.has_fast_products():
@@ -491,9 +494,3 @@ def _error_of_fast(rows: Rows, pilot: NDArray[np.float64], threads: int) -> floa
 def _to_float(sums: NDArray[np.int64]) -> NDArray[np.float64]:
     values: NDArray[np.float64] = np.ldexp(sums.astype(np.float64), -_C.FIXED_POINT_BITS)
     return values
-
-
-def _raise_if_bad(bad: tuple[int, int, int], on_bad_rows: OnBadRows) -> None:
-    num_zero, num_nonfinite, first = bad
-    if first >= 0 and on_bad_rows == "raise":
-        raise BadRowsError("batch", first, num_zero, num_nonfinite)

@@ -18,9 +18,10 @@ from . import _files
 from ._dtypes import to_float64
 from ._rows import as_rows, is_tensor
 from ._spectral import KINDS, Shrinkage, check_shrinkage, spectrum_of, whitening_matrix
-from ._steps import Affine
+from ._steps import Affine, frozen
 from ._transform import Steps, transform_by
 from .alignment import gather_moments
+from .methods import check_count, check_spread
 from .moments import Moments, OnBadRows
 
 Kind = Literal["zca", "pca", "cholesky"]
@@ -123,12 +124,11 @@ class Whitener:
         if n_components is not None and n_components > moments.dim:
             raise ValueError(f"n_components must be at most the dimension {moments.dim}, got {n_components}")
         mean = moments.mean
-        if moments.trace < 1e-6:
-            raise ValueError(f"x: all rows are equal (trace {moments.trace:.1e}), there is nothing to whiten")
+        check_spread(moments, "x")
         of = spectrum_of(moments, shrinkage, "x")
         matrix = whitening_matrix(of, kind, n_components)
         inverse = of.power(1) @ matrix.T  # W Sigma W^T is the identity, or a projection
-        return cls(kind, _frozen(mean), _frozen(matrix), _frozen(inverse), of.shrinkage, moments.count)
+        return cls(kind, frozen(mean), frozen(matrix), frozen(inverse), of.shrinkage, moments.count)
 
     @property
     def dim(self) -> int:
@@ -201,7 +201,7 @@ class Whitener:
         kind, shrinkage, count = (fields.get(name) for name in ("whitening", "shrinkage", "count"))
         if kind not in KINDS or type(count) is not int or not isinstance(shrinkage, int | float):
             raise ValueError(f"{path}: its header is damaged: {kind!r}, {shrinkage!r}, {count!r}")
-        mean, whitening, inverse = (_frozen(tensors[name]) for name in ("mean", "matrix", "inverse_matrix"))
+        mean, whitening, inverse = (frozen(tensors[name]) for name in ("mean", "matrix", "inverse_matrix"))
         return cls(kind, mean, whitening, inverse, float(shrinkage), count)
 
 
@@ -211,13 +211,6 @@ def _check_options(kind: str, shrinkage: Shrinkage, n_components: int | None) ->
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if n_components is None:
         return
-    if type(n_components) is not int or n_components < 1:
-        raise ValueError(f"n_components must be a whole number of at least 1, got {n_components!r}")
+    check_count("n_components", n_components, least=1)
     if kind == "cholesky":
         raise ValueError("n_components chooses principal directions, which kind 'cholesky' does not have: use 'pca'")
-
-
-def _frozen(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    values = np.array(values, np.float64, order="C")
-    values.flags.writeable = False
-    return values

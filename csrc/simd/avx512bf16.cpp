@@ -16,6 +16,8 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
 #endif
 
+#include "simd/tiles.h"
+
 namespace {
 
 using realign::kTileSide;
@@ -86,12 +88,7 @@ void products(const uint32_t* pairs, int64_t stride, int64_t num_pairs, SumLengt
     for (int64_t i = 0; i < kTileSide && first_row + i < dim; i += kRows)
       multiply(a + begin * kWidth + i, b + begin * kWidth, count, tile + i * kTileSide, begin == 0);
   }
-  if (num_pairs == 0) return;
-  for (int64_t i = 0; i < kTileSide && first_row + i < dim; ++i) {
-    const int64_t past = first_row + i < first_column + kTileSide ? first_row + i + 1 : first_column + kTileSide;
-    double* to = products + (first_row + i) * dim + first_column;
-    for (int64_t j = 0; j < past - first_column; ++j) to[j] += double(tile[i * kTileSide + j]);
-  }
+  if (num_pairs > 0) add_lower(tile, first_row, first_column, dim, products);
 }
 
 }  // namespace

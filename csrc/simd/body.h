@@ -6,6 +6,8 @@
 // here is in an anonymous namespace too and uses no template or inline function of the standard library: the linker may
 // merge such functions between files, and the baseline would then run instructions that its processor lacks.
 
+#include "simd/tiles.h"
+
 namespace {
 
 using realign::BadRows;
@@ -363,19 +365,16 @@ inline void moments_long_to(const To& to, const RowRange& rows, int64_t* sums, u
 template <typename T>
 void moments(const RowRange& rows, int64_t* sums, uint64_t* keys, const float* projection, const Panels* panels,
              double* scratch, BadRows* bad) {
+  const auto run = [&](const auto& to) {
+    if constexpr (sizeof(T) == sizeof(double))
+      moments_long_to(to, rows, sums, keys, projection, scratch, bad);
+    else
+      moments_to<T>(to, rows, sums, keys, projection, scratch, bad);
+  };
   if (panels)
-    moments_to<T>(ToPanels{*panels}, rows, sums, keys, projection, scratch, bad);
+    run(ToPanels{*panels});
   else
-    moments_to<T>(Nowhere(), rows, sums, keys, projection, scratch, bad);
-}
-
-template <>
-void moments<double>(const RowRange& rows, int64_t* sums, uint64_t* keys, const float* projection, const Panels* panels,
-                     double* scratch, BadRows* bad) {
-  if (panels)
-    moments_long_to(ToPanels{*panels}, rows, sums, keys, projection, scratch, bad);
-  else
-    moments_long_to(Nowhere(), rows, sums, keys, projection, scratch, bad);
+    run(Nowhere());
 }
 
 // ---- The fused map ------------------------------------------------------------------------------------------------
@@ -789,11 +788,7 @@ void products(const float* panels, int64_t stride, int64_t num_rows, SumLengths 
                    tile + i * kTileSide + j, kTileSide, begin == row);
         }
     }
-    for (int64_t i = 0; i < kTileSide && first_row + i < dim; ++i) {
-      const int64_t past = first_row + i < first_column + kTileSide ? first_row + i + 1 : first_column + kTileSide;
-      double* to = products + (first_row + i) * dim + first_column;
-      for (int64_t j = 0; j < past - first_column; ++j) to[j] += double(tile[i * kTileSide + j]);
-    }
+    add_lower(tile, first_row, first_column, dim, products);
   }
 }
 

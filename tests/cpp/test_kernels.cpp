@@ -422,6 +422,20 @@ void test_table(const KernelTable& table) {
         }
 }
 
+// The lower triangle, sums of at(k, i) at(k, j) over `count` rows beyond `start`; above it `start` stands as it was.
+template <typename At>
+void check_products(const char* name, int64_t count, int64_t dim, double start, double slack, const At& at,
+                    const double* products) {
+  for (int64_t i = 0; i < dim; ++i)
+    for (int64_t j = 0; j < dim; ++j) {
+      double wanted = start;
+      for (int64_t k = 0; k < count && j <= i; ++k) wanted += at(k, i) * at(k, j);
+      const double found = products[i * dim + j];
+      CHECK(std::fabs(found - wanted) <= slack * double(count), "%s products %lldx%lld (%lld, %lld): %.9g, %.9g", name,
+            (long long)count, (long long)dim, (long long)i, (long long)j, found, wanted);
+    }
+}
+
 // One tile after the other, in sums of several lengths; what lies above the diagonal stays as it is.
 void test_products(const KernelTable& table) {
   Random random(11);
@@ -440,14 +454,7 @@ void test_products(const KernelTable& table) {
         for (int64_t row = 0; row < num_tiles; ++row)
           for (int64_t column = 0; column <= row; ++column)
             table.products(panels.get(), stride, count, lengths, row, column, dim, products.get());
-        for (int64_t i = 0; i < dim; ++i)
-          for (int64_t j = 0; j < dim; ++j) {
-            double wanted = 0.5;
-            for (int64_t k = 0; k < count && j <= i; ++k) wanted += at(k, i) * at(k, j);
-            const double found = products[size_t(i * dim + j)];
-            CHECK(std::fabs(found - wanted) <= 2e-7 * double(count), "%s products %lldx%lld (%lld, %lld): %.9g, %.9g",
-                  table.name, (long long)count, (long long)dim, (long long)i, (long long)j, found, wanted);
-          }
+        check_products(table.name, count, dim, 0.5, 2e-7, at, products.get());
       }
     }
 }
@@ -479,14 +486,7 @@ void test_fast_products(const FastKernels& kernels) {
       for (int64_t row = 0; row < num_tiles; ++row)
         for (int64_t column = 0; column <= row; ++column)
           kernels.products(pairs.get(), width * num_pairs, num_pairs, {16, 64}, row, column, dim, products.get());
-      for (int64_t i = 0; i < dim; ++i)
-        for (int64_t j = 0; j < dim; ++j) {
-          double wanted = 0;
-          for (int64_t k = 0; k < count && j <= i; ++k) wanted += at(k, i) * at(k, j);
-          const double found = products[size_t(i * dim + j)];
-          CHECK(std::fabs(found - wanted) <= 3e-7 * double(count), "fast products %lldx%lld (%lld, %lld): %.9g, %.9g",
-                (long long)count, (long long)dim, (long long)i, (long long)j, found, wanted);
-        }
+      check_products("fast", count, dim, 0, 3e-7, at, products.get());
     }
 }
 
