@@ -356,14 +356,18 @@ def test_all_is_transported_between_well_known_gaussians(seed, dim, decays):
     assert alignment.report["selection"]["reliability"] > 0.85
 
 
-def test_the_strength_is_chosen_without_pairs_and_holds_on_held_out_ones():
-    """The figures that the issue asks for, on fewer halves than `bench/strength.py` takes."""
+@pytest.mark.parametrize(
+    ("halves", "recall"),
+    [pytest.param(3, 0.005, id="3 halves"), pytest.param(20, 0.015, id="20 halves", marks=pytest.mark.slow)],
+)
+def test_the_strength_is_chosen_without_pairs_and_holds_on_held_out_ones(halves, recall):
+    """As means over random halves; of three, recall@1 is still uncertain by about 0.01."""
     folder = DATA / "mindgap_clip_coco500"
     if not folder.is_dir():
         pytest.skip(f"there are no real embeddings at {folder}")
     text, image = (np.load(folder / f"{name}.npy").astype(np.float32) for name in ("text", "image"))
     found = []
-    for seed in range(3):
+    for seed in range(halves):
         rng = np.random.default_rng(seed)
         order = rng.permutation(500)
         fitted, held_out = order[:250], order[250:]
@@ -382,7 +386,7 @@ def test_the_strength_is_chosen_without_pairs_and_holds_on_held_out_ones():
         found.append(rows)
     transported, realigned = np.mean(found, axis=0)
     assert transported[0] - realigned[0] >= 0.025
-    assert transported[1] - realigned[1] >= 0.015
+    assert transported[1] - realigned[1] >= recall
     assert transported[2] / realigned[2] >= 1.6
     assert transported[3] >= 0.75
 

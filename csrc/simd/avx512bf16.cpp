@@ -24,8 +24,8 @@ using realign::kTileSide;
 using realign::SumLengths;
 
 constexpr int64_t kWidth = 48;  // the panel width of avx512.cpp, which makes the panels
-constexpr int kLanes = 16, kRows = 8, kVectors = kWidth / kLanes;
-static_assert(kTileSide % kWidth == 0);
+constexpr int kLanes = 16, kRows = 8;
+static_assert(kTileSide == kWidth && kWidth == 3 * kLanes);
 
 // Rounded to the nearest bfloat16, in the upper half of each lane.
 inline __m512i rounded(const float* at) {
@@ -51,7 +51,9 @@ inline __m512bh as_pairs(__m512i x) {
   return pairs;
 }
 
-inline void multiply(const uint32_t* a, const uint32_t* b, int64_t num_pairs, float* tile, bool first) {
+// kRows rows of a tile, in their first kVectors vectors of columns.
+template <int kVectors>
+void multiply_vectors(const uint32_t* a, const uint32_t* b, int64_t num_pairs, float* tile, bool first) {
   __m512 sums[kRows][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
@@ -85,8 +87,13 @@ void products(const uint32_t* pairs, int64_t stride, int64_t num_pairs, SumLengt
   const uint32_t* b = pairs + tile_column * stride;
   for (int64_t begin = 0; begin < num_pairs; begin += lengths.in_registers) {
     const int64_t count = num_pairs - begin < lengths.in_registers ? num_pairs - begin : lengths.in_registers;
-    for (int64_t i = 0; i < kTileSide && first_row + i < dim; i += kRows)
+    for (int64_t i = 0; i < kTileSide && first_row + i < dim; i += kRows) {
+      const int64_t num_columns = first_row + i + kRows - first_column;  // not above the diagonal
+      const auto multiply = num_columns <= kLanes       ? multiply_vectors<1>
+                            : num_columns <= 2 * kLanes ? multiply_vectors<2>
+                                                        : multiply_vectors<3>;
       multiply(a + begin * kWidth + i, b + begin * kWidth, count, tile + i * kTileSide, begin == 0);
+    }
   }
   if (num_pairs > 0) add_lower(tile, first_row, first_column, dim, products);
 }

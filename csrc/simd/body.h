@@ -714,30 +714,30 @@ void row_transform_backward_long(const RowRange& rows, const char* grad, int64_t
 
 // ---- Products of matrices ------------------------------------------------------------------------------------------
 
-// tile[i][j] (+)= sum over k of a(k)[i] b[k][j], kPanelRows x kPanelWidth of a tile of `stride` columns. All sums stay
-// in registers, and each element of a panel is read from the first cache.
-template <typename A>
+// tile[i][j] (+)= sum over k of a(k)[i] b[k][j], kPanelRows rows and kVectors vectors of a panel's columns in a tile of
+// `stride` columns. All sums stay in registers, and each element of a panel is read from the first cache.
+template <int kVectors = kPanelVectors, typename A>
 inline void multiply(const A& a, const float* b, int64_t count, float* tile, int64_t stride, bool first) {
-  F sums[kPanelRows][kPanelVectors];
+  F sums[kPanelRows][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kPanelRows; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) sums[i][v] = zero();
+    for (int v = 0; v < kVectors; ++v) sums[i][v] = zero();
   for (int64_t k = 0; k < count; ++k) {
-    F columns[kPanelVectors];
+    F columns[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) columns[v] = load(b + k * kPanelWidth + v * W);
+    for (int v = 0; v < kVectors; ++v) columns[v] = load(b + k * kPanelWidth + v * W);
 #pragma GCC unroll 8
     for (int i = 0; i < kPanelRows; ++i) {
       const F x = set1(a.at(k, i));
 #pragma GCC unroll 4
-      for (int v = 0; v < kPanelVectors; ++v) sums[i][v] = fma(x, columns[v], sums[i][v]);
+      for (int v = 0; v < kVectors; ++v) sums[i][v] = fma(x, columns[v], sums[i][v]);
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kPanelRows; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) {
+    for (int v = 0; v < kVectors; ++v) {
       float* to = tile + i * stride + v * W;
       store(to, first ? sums[i][v] : add(sums[i][v], load(to)));
     }
@@ -770,6 +770,18 @@ struct Transposed {
   float at(int64_t k, int i) const { return panel[k * kPanelWidth + i]; }
 };
 
+// The same, of the first `num_columns` of the panel's columns.
+inline void multiply_lower(const Transposed& a, const float* b, int64_t count, float* tile, bool first,
+                           int64_t num_columns) {
+  static_assert(kPanelVectors == 2 || kPanelVectors == 3);
+  if (num_columns <= W)
+    multiply<1>(a, b, count, tile, kTileSide, first);
+  else if (num_columns <= 2 * W)
+    multiply<2>(a, b, count, tile, kTileSide, first);
+  else
+    multiply(a, b, count, tile, kTileSide, first);
+}
+
 void products(const float* panels, int64_t stride, int64_t num_rows, SumLengths lengths, int64_t tile_row,
               int64_t tile_column, int64_t dim, double* products) {
   alignas(64) float tile[kTileSide * kTileSide];
@@ -783,9 +795,10 @@ void products(const float* panels, int64_t stride, int64_t num_rows, SumLengths 
       const int64_t count = end - begin < lengths.in_registers ? end - begin : lengths.in_registers;
       for (int64_t j = 0; j < kTileSide && first_column + j < dim; j += kPanelWidth)
         for (int64_t i = 0; i < kTileSide && first_row + i < dim; i += kPanelRows) {
-          if (first_row + i + kPanelRows <= first_column + j) continue;  // above the diagonal
-          multiply(Transposed{panel_at(first_row + i, begin)}, panel_at(first_column + j, begin), count,
-                   tile + i * kTileSide + j, kTileSide, begin == row);
+          const int64_t num_columns = first_row + i + kPanelRows - (first_column + j);  // not above the diagonal
+          if (num_columns > 0)
+            multiply_lower(Transposed{panel_at(first_row + i, begin)}, panel_at(first_column + j, begin), count,
+                           tile + i * kTileSide + j, begin == row, num_columns);
         }
     }
     add_lower(tile, first_row, first_column, dim, products);
