@@ -13,6 +13,7 @@ from _gpu_timing import DEVICE, DTYPES, INTERPRETED, at_precision
 from realign_fast.kernels import _rows, _tuning, whitening
 from realign_fast.kernels import covariance as covariance_kernels
 from realign_fast.kernels import moments as moments_kernels
+from realign_fast.kernels import noise as noise_kernels
 from realign_fast.kernels import row_transform as row_kernels
 from torch.nn.functional import layer_norm, normalize, rms_norm
 
@@ -26,6 +27,7 @@ MATMUL = {"fast": "high", "high": "highest", "exact": "highest"}
 # Of `awkward_rows`: how many are zero, how many are not finite, which comes first.
 BAD_ROWS = (1, 2, 3)
 LAST = slice(-16, None)
+NOISE_STD, NOISE_SEED = 0.02, 5
 
 
 class Case(NamedTuple):
@@ -164,6 +166,35 @@ def row_transform(x: torch.Tensor, with_compiled: bool) -> Case:
         peers |= compiled(folded, *arguments)
     moved = _tuning.plan_rows(*x.shape, DEVICE).count_bytes([x], [out])
     return Case(run, moved, "GB/s", "copy", peers, lambda: row_transform_error(x[LAST], out[LAST], None))
+
+
+def check_noisy(x: torch.Tensor) -> float:
+    out, bad = torch.full_like(x, float("nan")), _rows.new_bad_rows(DEVICE)
+    noise_kernels.noisy_row_transform(x, out, maps_of(mapping(x.shape[1])), bad, NOISE_STD, NOISE_SEED, 0)
+    return noisy_error(x, out, bad)
+
+
+def noisy_error(x: torch.Tensor, out: torch.Tensor, bad: torch.Tensor | None, first: int = 0) -> float:
+    mapped = reference.row_transform(oracle_rows(x), *mapping(x.shape[1]))
+    wanted = reference.add_noise(mapped, NOISE_STD, NOISE_SEED, list(range(first, first + len(x))))
+    return worst(out, wanted, rounding(x) + 2e-6, bad)
+
+
+def row_transform_with_noise(x: torch.Tensor, with_compiled: bool) -> Case:
+    def noisy(*arguments: object) -> torch.Tensor:
+        mapped = folded(*arguments)
+        return normalize(mapped + NOISE_STD * torch.randn_like(mapped))
+
+    out, bad = torch.empty_like(x), _rows.new_bad_rows(DEVICE)
+    maps = maps_of(mapping(x.shape[1]))
+    run = partial(noise_kernels.noisy_row_transform, x, out, maps, bad, NOISE_STD, NOISE_SEED, 0)
+    arguments = x, *parameters_like(x)
+    peers = {"eager torch": partial(noisy, *arguments)}
+    if with_compiled:
+        peers |= compiled(noisy, *arguments)
+    moved = noise_kernels.plan_noisy(*x.shape, DEVICE).count_bytes([x], [out])
+    of_last = partial(noisy_error, x[LAST], out[LAST], None, len(x) - len(x[LAST]))
+    return Case(run, moved, "GB/s", "copy", peers, of_last)
 
 
 def check_domains(x: torch.Tensor) -> float:
@@ -343,6 +374,7 @@ def multiplied(name: str, precision: str, dtypes: Iterable[str]) -> tuple[str, .
 
 KERNELS = {
     "row transform": Kernel("row_transform", check_row_transform, row_transform, 7),
+    "row transform with noise": Kernel("noise", check_noisy, row_transform_with_noise, 10),
     "row transform backward": Kernel("row_transform", check_backward, row_transform_backward, 14),
     "moments": Kernel("moments", check_moments, moments, 4),
     "transformed moments": Kernel("moments", check_transformed_moments, transformed_moments, 6),

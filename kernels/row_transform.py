@@ -23,7 +23,7 @@ _WIDE_CHUNK_D = 512
 
 
 @triton.jit
-def _is_fused(square, square1, square2, FUSED: tl.constexpr):
+def is_fused(square, square1, square2, FUSED: tl.constexpr):
     """Whether the float32 form serves rows of these squared norms: of the row, and before both projections after it."""
     plain = is_plain(square) & (square1 >= _SMALLEST_FUSED_SQUARE) & (square2 >= _SMALLEST_FUSED_SQUARE)
     return plain & FUSED
@@ -37,7 +37,7 @@ def map_rows(x, scale, shift, correction, FUSED: tl.constexpr):
     square1 = tl.sum(e * e, axis=1, keep_dims=True)
     e = e * inverse_norm(square1) + correction
     square2 = tl.sum(e * e, axis=1, keep_dims=True)
-    return e * inverse_norm(square2), _is_fused(square, square1, square2, FUSED)
+    return e * inverse_norm(square2), is_fused(square, square1, square2, FUSED)
 
 
 @triton.jit
@@ -174,7 +174,7 @@ def _row_transform_wide_kernel(
             tl.sum(c_c, axis=1, keep_dims=True), tl.sum(c_b, axis=1, keep_dims=True),
             tl.sum(b_b, axis=1, keep_dims=True),
         )  # fmt: skip
-        plain = _is_fused(square, square1, square2, FUSED)
+        plain = is_fused(square, square1, square2, FUSED)
         factor = scale * r * inverse1 * inverse2
         for start in range(0, dim, BLOCK_D):
             cols = start + columns
@@ -285,7 +285,7 @@ def _row_transform_backward_kernel(
             tl.sum(g * correction, axis=1, keep_dims=True),
         )  # fmt: skip
         grad = of_g * g + of_x * x + of_c * shift + of_b * correction
-        plain = _is_fused(x_x, square1, square2, FUSED)
+        plain = is_fused(x_x, square1, square2, FUSED)
         to_rows = grad_x_ptr + rows * stride_dn
         tl.store(to_rows + cols, grad.to(grad_x_ptr.dtype.element_ty), mask=mask & plain)
         wanted = row_mask & (plain == 0)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ._steps import Affine
+from ._steps import Affine, Noise
 from .kernels._maps import Maps
 
 _CHUNK_ELEMENTS = 1 << 24  # bounds the temporaries
+_WORD = 0xFFFFFFFF
 
 
 def tensors_of(table: Iterable[NDArray[np.float64]], device: torch.device) -> Maps:
@@ -83,6 +85,48 @@ def affine(x: torch.Tensor, out: torch.Tensor, step: Affine) -> torch.Tensor:
         mapped = torch.addmm(offset, _project(chunk) - centre, matrix)
         out[rows] = mapped.masked_fill_(counts.add(rows, zero, nonfinite)[:, None], 0)
     return counts.read()
+
+
+def noisy_row_transform(x: torch.Tensor, out: torch.Tensor, maps: Maps, noise: Noise) -> torch.Tensor:
+    """As `row_transform` by the first map, with `noise` before the last projection; bad rows become zeros."""
+    exact = torch.float64 in (x.dtype, out.dtype)
+    mapped = torch.empty(out.shape, dtype=torch.float64 if exact else torch.float32, device=out.device)
+    counts = row_transform(x, mapped, maps, None)
+    out.copy_(add_noise(mapped, noise))
+    return counts
+
+
+def add_noise(rows: torch.Tensor, noise: Noise) -> torch.Tensor:
+    """Return `pi(row + noise)` of `(n, dim)` rows; rows of zeros stay so."""
+    numbers = torch.from_numpy(np.ascontiguousarray(noise.numbers(len(rows)))).to(rows.device)
+    moved = rows + noise.std * normals(noise.seed, numbers, rows.shape[1]).to(rows.dtype)
+    unit: torch.Tensor = moved / torch.linalg.vector_norm(moved, dim=1, keepdim=True)
+    return unit.masked_fill_((rows == 0).all(dim=1, keepdim=True), 0)
+
+
+def normals(seed: int, numbers: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return `(n, dim)` float32 Gaussian numbers, as `Noise` says, of rows with these numbers `(n,)` int64."""
+    groups = (dim + 3) // 4
+    group = torch.arange(groups, device=numbers.device)[None, :]
+    low, high = numbers[:, None] & _WORD, numbers[:, None] >> 32 & _WORD
+    words = [each.expand(len(numbers), groups) for each in (group, low, high, torch.zeros_like(low))]
+    keys = [seed & _WORD, seed >> 32]
+    for _ in range(10):
+        a, b = words[0] * 0xD2511F53, words[2] * 0xCD9E8D57  # the low 64 bits, whatever the sign
+        words = [
+            (b >> 32 & _WORD) ^ words[1] ^ keys[0],
+            b & _WORD,
+            (a >> 32 & _WORD) ^ words[3] ^ keys[1],
+            a & _WORD,
+        ]
+        keys = [(keys[0] + 0x9E3779B9) & _WORD, (keys[1] + 0xBB67AE85) & _WORD]
+    uniform = [((word >> 8).float() + 0.5) * 2.0**-24 for word in words]
+    found = []
+    for first, second in (uniform[:2], uniform[2:]):
+        radius = torch.sqrt(-2 * torch.log(first))
+        angle = 2 * math.pi * second
+        found += [radius * torch.cos(angle), radius * torch.sin(angle)]
+    return torch.cat(found, dim=1)[:, :dim]
 
 
 def row_transform_backward(x: torch.Tensor, grad_out: torch.Tensor, grad_x: torch.Tensor, maps: Maps) -> None:

@@ -6,10 +6,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ._steps import Affine
+from . import _torch_rows
+from ._steps import Affine, Noise
 from .kernels import _rows
 from .kernels import covariance as covariance_kernels
 from .kernels import moments as moments_kernels
+from .kernels import noise as noise_kernels
 from .kernels import row_transform as kernels
 from .kernels import whitening as whitening_kernels
 from .kernels._maps import Maps
@@ -24,6 +26,20 @@ def row_transform(x: torch.Tensor, out: torch.Tensor, maps: Maps, domain: torch.
     """
     bad_rows: torch.Tensor = _rows.new_bad_rows(x.device)
     kernels.row_transform(with_contiguous_rows(x), out, maps, bad_rows, domain)
+    return bad_rows
+
+
+def noisy_row_transform(x: torch.Tensor, out: torch.Tensor, maps: Maps, noise: Noise) -> torch.Tensor:
+    """As `row_transform` by the first map, with `noise` before the last projection; bad rows become zeros."""
+    if x.shape[1] > noise_kernels.MAX_NOISY_D:
+        mapped = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+        counts = row_transform(x, mapped, maps, None)
+        out.copy_(_torch_rows.add_noise(mapped, noise))
+        return counts
+    numbers = noise.first if noise.index is None else torch.from_numpy(noise.index).to(x.device)
+    bad_rows: torch.Tensor = _rows.new_bad_rows(x.device)
+    rows = with_contiguous_rows(x)
+    noise_kernels.noisy_row_transform(rows, out, maps, bad_rows, noise.std, noise.seed, numbers)
     return bad_rows
 
 
