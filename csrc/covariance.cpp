@@ -38,8 +38,8 @@ BadRows covariance(const Rows& rows, const double* pilot, int64_t* sums, uint64_
   const Panels to{panels.data(), width, width * block_rows, pilot, minus_pilot.data()};
   const SumLengths lengths = sum_lengths(num_seen + num_rows, dim);
   const int64_t tile_bytes = kTileSide * kTileSide * int64_t(sizeof(double));
-  const int64_t block_pairs = (block_rows + 1) / 2, pair_stride = width * block_pairs;
-  AlignedVector<uint32_t> pairs(fast ? num_tiles * kTileSide * block_pairs : 0);
+  const int64_t num_panels = num_tiles * kTileSide / width, pair_stride = fast ? fast->pair_words(block_rows) : 0;
+  AlignedVector<uint32_t> pairs(num_panels * pair_stride);
   BadRows all;
   for (int64_t first = 0; first < num_rows; first += block_rows) {
     const int64_t count = std::min(block_rows, num_rows - first);
@@ -47,7 +47,7 @@ BadRows covariance(const Rows& rows, const double* pilot, int64_t* sums, uint64_
     add_bad_rows(moments(block, sums, keys ? keys + first : nullptr, &to, num_threads), first, &all);
     const int64_t num_pairs = (count + 1) / 2;
     if (fast)
-      parallel_for(num_threads, num_tiles * kTileSide / width, width * count, 1, [&](int, int64_t begin, int64_t end) {
+      parallel_for(num_threads, num_panels, width * count, 1, [&](int, int64_t begin, int64_t end) {
         for (int64_t panel = begin; panel < end; ++panel)
           fast->to_pairs(panels.data() + panel * to.stride, count, pairs.data() + panel * pair_stride);
       });

@@ -3,6 +3,12 @@
 #include <atomic>
 #include <stdexcept>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace realign {
 namespace {
 
@@ -18,6 +24,21 @@ bool runs_here(const KernelTable* table) {
 #endif
   return true;
 }
+
+#if defined(__x86_64__)
+// The processor has the unit, and Linux lets this process keep its registers, which it wants to be asked for.
+bool has_matrix_unit() {
+#if defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTiles) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 std::atomic<const KernelTable*>& chosen() {
   static std::atomic<const KernelTable*> table{available_tables().back()};
@@ -38,7 +59,10 @@ const std::vector<const KernelTable*>& available_tables() {
 
 const FastKernels* fast_kernels() {
 #if defined(__x86_64__)
-  if (&current_table() == kAvx512 && __builtin_cpu_supports("avx512bf16")) return kAvx512Bf16;
+  static const FastKernels* const found = has_matrix_unit()                      ? kAmx
+                                          : __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16
+                                                                                 : nullptr;
+  if (&current_table() == kAvx512) return found;
 #endif
   return nullptr;
 }

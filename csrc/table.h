@@ -118,8 +118,10 @@ struct KernelTable {
 // The products of a covariance in bfloat16, from panels of that width.
 struct FastKernels {
   int64_t panel_width;
+  // How much room a panel of so many rows takes as pairs.
+  int64_t (*pair_words)(int64_t num_rows);
   // Rows of a panel two by two, rounded: `pairs` has one row for each two of the panel, the first of them in the lower
-  // half.
+  // half, and after these what else the kernel wants.
   void (*to_pairs)(const float* panel, int64_t num_rows, uint32_t* pairs);
   // As ProductsKernel, of panels of pairs, `stride` apart; `lengths` counts pairs, and all go to float64 at once.
   void (*products)(const uint32_t* pairs, int64_t stride, int64_t num_pairs, SumLengths lengths, int64_t tile_row,
@@ -132,5 +134,6 @@ extern const KernelTable* const kAvx2;
 extern const KernelTable* const kAvx512;
 extern const KernelTable* const kNeon;
 extern const FastKernels* const kAvx512Bf16;
+extern const FastKernels* const kAmx;
 
 }  // namespace realign

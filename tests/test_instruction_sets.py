@@ -65,7 +65,7 @@ def instructions_beyond_the_baseline(path: Path) -> list[str]:
     """Return the lines of the disassembly that need AVX: wide registers, or an instruction of its encoding (v...)."""
     lines = run("objdump", "-d", "--no-show-raw-insn", path).splitlines()
     assert len(lines) > 10
-    return [line for line in lines if re.search(r"%[yz]mm|:\s+v[a-z]", line)]
+    return [line for line in lines if re.search(r"%[tyz]mm|:\s+v[a-z]", line)]
 
 
 @needs_x86
@@ -79,14 +79,17 @@ def test_what_runs_on_every_processor_needs_no_avx(compiled, name):
 @needs_x86
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "register"), [("simd/avx2", "%ymm"), ("simd/avx512", "%zmm"), ("simd/avx512bf16", "%zmm")]
+    ("name", "register"),
+    [("simd/avx2", "%ymm"), ("simd/avx512", "%zmm"), ("simd/avx512bf16", "%zmm"), ("simd/amx", "%tmm")],
 )
 def test_the_wide_kernels_use_their_registers(compiled, name, register):
     assert register in "\n".join(instructions_beyond_the_baseline(compiled(name)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["simd/baseline", "simd/avx2", "simd/avx512", "simd/avx512bf16", "simd/neon"])
+@pytest.mark.parametrize(
+    "name", ["simd/baseline", "simd/avx2", "simd/avx512", "simd/avx512bf16", "simd/amx", "simd/neon"]
+)
 def test_no_function_of_an_instruction_set_is_shared_by_the_linker(compiled, name):
     symbols = run("objdump", "-t", "-C", compiled(name)).splitlines()
     weak = [line for line in symbols if re.match(r"[0-9a-f]+ .?w|[0-9a-f]+ u", line)]
@@ -124,7 +127,7 @@ def test_avx512_kernels_without_such_a_processor(tmp_path):
     flags = ["-std=c++17", "-O1", "-g", "-pthread", "-ffp-contract=off", "-fsanitize=address", f"-I{CSRC}"]
     emulation = [f"-I{TEST_PROGRAM.parent / 'emulated'}", f"-I{SIMDE.parent}"]
     objects = []
-    for name in ("avx512", "avx512bf16"):
+    for name in ("avx512", "avx512bf16", "amx"):
         # With these pragmas the compiler itself would use instructions that this processor may lack.
         source, count = re.subn(
             r"(?m)^#pragma (GCC (target|push|pop)|clang attribute).*(\\\n.*)*",
@@ -137,7 +140,7 @@ def test_avx512_kernels_without_such_a_processor(tmp_path):
         objects.append(tmp_path / f"{name}.o")
         run(compiler(), *flags, *emulation, "-c", neutral, "-o", objects[-1])
     program = tmp_path / "test_kernels"
-    others = [path for path in CSRC.glob("simd/*.cpp") if not path.stem.startswith("avx512")]
+    others = [path for path in CSRC.glob("simd/*.cpp") if not path.stem.startswith(("avx512", "amx"))]
     tables = ["-DREALIGN_TEST_TABLE=kAvx512", "-DREALIGN_TEST_FAST"]
     run(compiler(), *flags, *tables, TEST_PROGRAM, *DRIVERS, *others, *objects, "-o", program)
     said = run(program)

@@ -473,19 +473,19 @@ void test_fast_products(const FastKernels& kernels) {
   for (const int64_t dim : {1, 47, 49, 100})
     for (const int64_t count : {1, 2, 37, 300}) {
       const int64_t width = kernels.panel_width, num_tiles = (dim + kTileSide - 1) / kTileSide;
-      const int64_t num_panels = num_tiles * kTileSide / width, num_pairs = (count + 1) / 2;
+      const int64_t num_panels = num_tiles * kTileSide / width, words = kernels.pair_words(count);
       const std::unique_ptr<float[]> panels(new float[size_t(num_panels * width * count)]);
-      const std::unique_ptr<uint32_t[]> pairs(new uint32_t[size_t(num_panels * width * num_pairs)]);
+      const std::unique_ptr<uint32_t[]> pairs(new uint32_t[size_t(num_panels * words)]);
       for (int64_t k = 0; k < num_panels * width * count; ++k) panels[size_t(k)] = float(random.uniform());
       for (int64_t panel = 0; panel < num_panels; ++panel)
-        kernels.to_pairs(panels.get() + panel * width * count, count, pairs.get() + panel * width * num_pairs);
+        kernels.to_pairs(panels.get() + panel * width * count, count, pairs.get() + panel * words);
       const auto at = [&](int64_t i, int64_t j) {
         return nearest_bfloat16(panels[size_t((j / width * count + i) * width + j % width)]);
       };
       const std::unique_ptr<double[]> products(new double[size_t(dim * dim)]());
       for (int64_t row = 0; row < num_tiles; ++row)
         for (int64_t column = 0; column <= row; ++column)
-          kernels.products(pairs.get(), width * num_pairs, num_pairs, {16, 64}, row, column, dim, products.get());
+          kernels.products(pairs.get(), words, (count + 1) / 2, {16, 64}, row, column, dim, products.get());
       check_products("fast", count, dim, 0, 3e-7, at, products.get());
     }
 }
@@ -564,6 +564,7 @@ int main() {
   }
 #ifdef REALIGN_TEST_FAST
   test_fast_products(*kAvx512Bf16);
+  test_fast_products(*kAmx);
   std::puts("kernels: fast passed");
 #endif
   for (const KernelTable* table : available_tables()) {

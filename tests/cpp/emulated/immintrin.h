@@ -72,6 +72,43 @@ inline __m512 fmadd_ps(__m512 a, __m512 b, __m512 c) {
   return same_bits<__m512>(z);
 }
 
+// The tile registers, all of the shape that `load_config` demands.
+struct Tile {
+  uint32_t at[16][16];
+};
+inline Tile (&tiles())[8] {
+  static thread_local Tile registers[8];
+  return registers;
+}
+inline void load_config(const void* config) {
+  uint8_t bytes[64];
+  std::memcpy(bytes, config, sizeof bytes);
+  bool right = bytes[0] == 1 && bytes[1] == 0;
+  for (int tile = 0; tile < 8; ++tile)
+    right = right && bytes[16 + 2 * tile] == 64 && bytes[17 + 2 * tile] == 0 && bytes[48 + tile] == 16;
+  for (int rest = 0; rest < 8; ++rest) right = right && bytes[32 + rest] == 0 && bytes[56 + rest] == 0;
+  if (!right) std::abort();
+}
+inline void tile_load(int tile, const void* from, size_t stride) {
+  for (int row = 0; row < 16; ++row)
+    std::memcpy(tiles()[tile].at[row], static_cast<const char*>(from) + row * stride, 64);
+}
+inline void tile_store(int tile, void* to, size_t stride) {
+  for (int row = 0; row < 16; ++row) std::memcpy(static_cast<char*>(to) + row * stride, tiles()[tile].at[row], 64);
+}
+inline void tile_dpbf16ps(int to, int left, int right) {
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 16; ++j) {
+      float sum = same_bits<float>(tiles()[to].at[i][j]);
+      for (int k = 0; k < 16; ++k) {
+        const uint32_t a = tiles()[left].at[i][k], b = tiles()[right].at[k][j];
+        sum += same_bits<float>(a << 16) * same_bits<float>(b << 16);
+        sum += same_bits<float>(a & 0xffff0000u) * same_bits<float>(b & 0xffff0000u);
+      }
+      tiles()[to].at[i][j] = same_bits<uint32_t>(sum);
+    }
+}
+
 // As the processor does, refuse an address that is not aligned.
 template <typename T>
 inline void stream(void* to, const T& value) {
@@ -107,3 +144,9 @@ inline void stream(void* to, const T& value) {
 #define _mm256_stream_si256(TO, VALUE) emulated::stream(TO, VALUE)
 #define _MM_FROUND_TO_NEAREST_INT 0
 #define _MM_FROUND_NO_EXC 8
+#define _tile_loadconfig emulated::load_config
+#define _tile_release() (void)0
+#define _tile_zero(TILE) emulated::tiles()[TILE] = emulated::Tile()
+#define _tile_loadd emulated::tile_load
+#define _tile_stored emulated::tile_store
+#define _tile_dpbf16ps emulated::tile_dpbf16ps
