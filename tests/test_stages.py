@@ -8,7 +8,7 @@ import realign_fast as rf
 from realign_fast import _C, reference
 from realign_fast._dtypes import DTYPES, Rows, storage, to_float64
 from realign_fast._steps import Affine, Noise
-from realign_fast._torch_steps import normals
+from realign_fast._torch_rows import normals
 
 # Rows around the block of a stage and its groups of eight; dimensions around vectors, panels and pieces of 192.
 COUNTS = (0, 1, 7, 128, 129, 300)
