@@ -11,6 +11,7 @@
 #include "covariance.h"
 #include "dispatch.h"
 #include "file_read.h"
+#include "ids.h"
 #include "moments.h"
 #include "pickle_scan.h"
 #include "row_transform.h"
@@ -360,6 +361,58 @@ int64_t py_read_file(int fd, const py::object& buffer, int64_t offset, int num_t
   }
 }
 
+int64_t py_read_rows(const py::array& fds, const py::array& offsets, const py::object& buffer, int64_t row_bytes,
+                     int num_threads) {
+  const int64_t num_rows = fds.size();
+  const int32_t* fd = vector_of<int32_t>(fds, num_rows, "fds", false);
+  const int64_t* offset = vector_of<int64_t>(offsets, num_rows, "offsets", false);
+  const Bytes bytes(buffer, "buffer", true);
+  if (row_bytes < 1 || bytes.size() / row_bytes != num_rows || bytes.size() % row_bytes != 0)
+    throw py::value_error("buffer must hold " + std::to_string(num_rows) + " rows of " + std::to_string(row_bytes) +
+                          " bytes, got " + std::to_string(bytes.size()) + " bytes");
+  const int threads = threads_of(num_threads);
+  try {
+    py::gil_scoped_release release;
+    return read_rows(fd, offset, num_rows, row_bytes, bytes.data(), threads);
+  } catch (const std::system_error& error) {
+    errno = error.code().value();
+    PyErr_SetFromErrno(PyExc_OSError);
+    throw py::error_already_set();
+  }
+}
+
+Ids ids_of(const py::array& offsets, const Bytes& text) {
+  if (offsets.size() < 1) throw py::value_error("offsets must have at least one element");
+  const int64_t count = offsets.size() - 1;
+  return {vector_of<int64_t>(offsets, count + 1, "offsets", false), text.data(), count, text.size()};
+}
+
+void py_hash_ids(const py::array& offsets, const py::object& text, const py::array& hashes) {
+  const Bytes bytes(text, "text", false);
+  const Ids ids = ids_of(offsets, bytes);
+  uint64_t* hash = vector_of<uint64_t>(hashes, ids.count, "hashes", true);
+  py::gil_scoped_release release;
+  for (int64_t row = 0; row < ids.count; ++row) hash[row] = hash_of(ids.at(row));
+}
+
+void py_find_ids(const py::sequence& wanted, const py::array& hashes, const py::array& rows, const py::array& offsets,
+                 const py::object& text, const py::array& found) {
+  const Bytes bytes(text, "text", false);
+  const Ids ids = ids_of(offsets, bytes);
+  const uint64_t* hash = vector_of<uint64_t>(hashes, ids.count, "hashes", false);
+  const int64_t* row = vector_of<int64_t>(rows, ids.count, "rows", false);
+  const int64_t count = int64_t(wanted.size());
+  int64_t* to = vector_of<int64_t>(found, count, "found", true);
+  for (int64_t i = 0; i < count; ++i) {
+    const py::object item = wanted[size_t(i)];
+    Py_ssize_t size = 0;
+    const char* id = PyUnicode_Check(item.ptr()) ? PyUnicode_AsUTF8AndSize(item.ptr(), &size) : nullptr;
+    PyErr_Clear();
+    if (id == nullptr) throw py::type_error("ids must be text, got " + std::string(py::repr(item)));
+    to[i] = find_id(ids, hash, row, {id, size_t(size)});
+  }
+}
+
 }  // namespace
 }  // namespace realign
 
@@ -409,6 +462,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("stream_copy", &py_stream_copy, py::arg("source"), py::arg("target"), py::arg("nontemporal"),
         py::arg("num_threads"));
   m.def("read_file", &py_read_file, py::arg("fd"), py::arg("buffer"), py::arg("offset"), py::arg("num_threads"));
+  m.def("read_rows", &py_read_rows, py::arg("fds"), py::arg("offsets"), py::arg("buffer"), py::arg("row_bytes"),
+        py::arg("num_threads"));
+  m.def("hash_ids", &py_hash_ids, py::arg("offsets"), py::arg("text"), py::arg("hashes"));
+  m.def("find_ids", &py_find_ids, py::arg("ids"), py::arg("hashes"), py::arg("rows"), py::arg("offsets"),
+        py::arg("text"), py::arg("found"));
   py::class_<Xxh64>(m, "XXH64", py::module_local())
       .def(py::init<uint64_t>(), py::arg("seed") = 0)
       .def(

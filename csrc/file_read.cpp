@@ -34,4 +34,19 @@ int64_t read_file(int fd, char* data, int64_t size, int64_t offset, int num_thre
   return total;
 }
 
+int64_t read_rows(const int32_t* fds, const int64_t* offsets, int64_t num_rows, int64_t row_bytes, char* data,
+                  int num_threads) {
+  std::atomic<int64_t> first_short{num_rows};
+  const int threads = useful_threads(num_threads, num_rows, num_rows * row_bytes);
+  parallel_for(threads, num_rows, row_bytes, 1, [&](int, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      if (read_range(fds[row], data + row * row_bytes, row_bytes, offsets[row]) == row_bytes) continue;
+      int64_t first = first_short.load();
+      while (row < first && !first_short.compare_exchange_weak(first, row)) {
+      }
+    }
+  });
+  return first_short.load();
+}
+
 }  // namespace realign

@@ -9,4 +9,9 @@ namespace realign {
 // Throws std::system_error.
 int64_t read_file(int fd, char* data, int64_t size, int64_t offset, int num_threads);
 
+// Copies row `i`, `row_bytes` from offsets[i] of file fds[i] on, to data + i * row_bytes; returns the first row that
+// its file has not all of, `num_rows` where there is none. Throws std::system_error.
+int64_t read_rows(const int32_t* fds, const int64_t* offsets, int64_t num_rows, int64_t row_bytes, char* data,
+                  int num_threads);
+
 }  // namespace realign

@@ -8,6 +8,7 @@ A *bad* row holds a NaN or an infinity, or has norm zero. Functions return what 
 `(num_zero, num_nonfinite, first_bad)`, `first_bad` being the least index of a bad row or -1.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -177,6 +178,27 @@ def stream_copy(source: Bytes, target: Bytes, nontemporal: bool, num_threads: in
 
 def read_file(fd: int, buffer: Bytes, offset: int, num_threads: int) -> int:
     """Fill `buffer` from byte `offset` of the file on; return the bytes read, fewer than asked only at its end."""
+
+def read_rows(
+    fds: NDArray[np.int32], offsets: NDArray[np.int64], buffer: Bytes, row_bytes: int, num_threads: int
+) -> int:
+    """Copy row after row, `row_bytes` from `offsets[i]` of file `fds[i]` on, into `buffer`.
+
+    Returns the first row that its file has not all of, or their number.
+    """
+
+def hash_ids(offsets: NDArray[np.int64], text: Bytes, hashes: NDArray[np.uint64]) -> None:
+    """Write to `hashes` (n,) that of each id; id `i` is `text[offsets[i] : offsets[i + 1]]`, UTF-8."""
+
+def find_ids(
+    ids: Sequence[str],
+    hashes: NDArray[np.uint64],
+    rows: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+    text: Bytes,
+    found: NDArray[np.int64],
+) -> None:
+    """Write to `found` the row of each id, -1 for those that there are not; `hashes` are sorted, `rows` their rows."""
 
 class XXH64:
     """The 64-bit xxHash, streaming."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from . import data as data
     from . import nn as nn
     from .alignment import Alignment, fit, fit_from_moments
     from .bank import AlignmentBank
@@ -32,8 +33,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "nn":  # not among the public names: `from realign_fast import *` does without torch
-        return import_module(".nn", __name__)
+    if name in ("data", "nn"):  # not among the public names: `from realign_fast import *` does without torch
+        return import_module(f".{name}", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_HOMES[name]}", __name__), name)

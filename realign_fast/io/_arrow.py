@@ -112,6 +112,20 @@ class ArrowShard:
                     yield Chunk(chunk.rows, start + chunk.start, part)
                 start += len(values)
 
+    def layouts(self) -> list[Layout]:
+        """Return where the rows of each record batch lie in the file; none at all where a batch is compressed."""
+        found = []
+        with self._open() as (_, (address, length), batches):
+            start = 0
+            for batch in batches(None):  # of some columns alone, pyarrow makes copies
+                values = _values(self.path, batch.column(self.column), self.dim or 1, start)
+                offset = values.ctypes.data - address
+                if len(values) and not 0 <= offset <= length - values.nbytes:
+                    return []
+                found.append(Layout(offset, len(values), self.dim or 1, self.dtype))
+                start += len(values)
+        return found
+
     def _batch_chunks(self, values: NDArray[Any], mapped: Any, blocks: Blocks) -> Generator[Chunk, None, None]:
         address, length = mapped
         offset = values.ctypes.data - address

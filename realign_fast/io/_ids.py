@@ -1,0 +1,226 @@
+"""Ids of rows in one file that is mapped: which row has an id, and which id a row has.
+
+A safetensors file: `text`, all ids as UTF-8 one after the other; `offsets` (n + 1,), where each begins; `hashes` (n,),
+their XXH64, sorted; `rows` (n,), which row each hash belongs to. Its header says what it was made from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _C
+from ._random import RandomRows
+from ._safetensors import _parse
+from .formats import format_of
+from .sources import SIDECAR
+
+_KEY = "realign_fast"
+_DTYPES: dict[str, tuple[str, Any]] = {
+    "offsets": ("I64", np.int64),
+    "hashes": ("U64", np.uint64),
+    "rows": ("I64", np.int64),
+    "text": ("U8", np.uint8),
+}
+
+
+class Ids:
+    """An index of ids, mapped: as good as nothing of it is in memory before it is used.
+
+    Parameters
+    ----------
+    path
+        Of the index.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        tensors, metadata, start = _parse(path)
+        try:
+            fields = json.loads(metadata[_KEY])
+            self.integers, self.made_from = bool(fields["integers"]), fields["made_from"]
+            found = {name: tensors[name] for name in _DTYPES}
+        except (KeyError, TypeError, ValueError, RecursionError):
+            raise ValueError(f"{path} is no index of ids: remove it, and it is made anew") from None
+        memory: Any = np.memmap(path, np.uint8, "r")
+        arrays: dict[str, NDArray[Any]] = {}
+        for name, (code, dtype) in _DTYPES.items():
+            tensor = found[name]
+            if tensor.code != code or len(tensor.shape) != 1:
+                raise ValueError(f"{path}: {name} must be {code} with one axis, got {tensor.code} {tensor.shape}")
+            arrays[name] = np.asarray(memory[start + tensor.begin : start + tensor.end]).view(dtype)
+        self._offsets, self._hashes, self._rows = arrays["offsets"], arrays["hashes"], arrays["rows"]
+        self._text = memoryview(memory)[start + found["text"].begin : start + found["text"].end]
+        if not len(self._offsets) - 1 == len(self._hashes) == len(self._rows):
+            raise ValueError(f"{path}: offsets, hashes and rows must be of as many ids")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __reduce__(self) -> tuple[type[Ids], tuple[Path]]:
+        return Ids, (self.path,)
+
+    def find(self, ids: Sequence[Any]) -> NDArray[np.int64]:
+        """Return the rows of these ids.
+
+        Raises
+        ------
+        KeyError
+            If there is no such id.
+        """
+        found = np.empty(len(ids), np.int64)
+        wanted = [str(int(each)) for each in ids] if self.integers else ids
+        _C.find_ids(wanted, self._hashes, self._rows, self._offsets, self._text, found)
+        if len(found) and found.min() < 0:
+            raise KeyError(f"no id {ids[int(found.argmin())]!r} among the {len(self)} of {self.path}")
+        return found
+
+    def of(self, numbers: NDArray[np.int64]) -> list[Any]:
+        """Return the ids of the rows with these numbers."""
+        begins, ends = self._offsets[numbers].tolist(), self._offsets[numbers + 1].tolist()
+        text = self._text
+        found = [bytes(text[begin:end]).decode() for begin, end in zip(begins, ends, strict=True)]
+        return [int(each) for each in found] if self.integers else found
+
+
+def open_ids(path: Path, rows: RandomRows, id_column: str, id_paths: list[Path] | None) -> Ids:
+    """Return the index at `path`, made where it is absent or of other files.
+
+    Parameters
+    ----------
+    rows
+        Whose ids they are.
+    id_column
+        Its name.
+    id_paths
+        Parquet or arrow files that hold the ids of all rows in order; None: the arrow files of the rows, or for each
+        other file its sidecar.
+
+    Raises
+    ------
+    OSError, ValueError
+        If a file cannot be read, ids are missing, null, neither text nor integers, or occur twice.
+    """
+    sources = [_id_file(each) for each in rows.paths] if id_paths is None else id_paths
+    stats = [[each.name, each.stat().st_size, each.stat().st_mtime_ns] for each in sources]
+    made_from = json.loads(json.dumps([id_column, rows.num_rows, rows.stamp, stats]))
+    if path.exists():
+        ids = Ids(path)
+        if ids.made_from == made_from:
+            return ids
+    _write(path, sources, rows, id_column, made_from)
+    return Ids(path)
+
+
+def _id_file(path: Path) -> Path:
+    """Return the file that holds the ids of a file's rows."""
+    if format_of(path) == "arrow":
+        return path
+    for suffix in (".parquet", ".arrow"):
+        sidecar = path.with_name(path.stem + SIDECAR + suffix)
+        if sidecar.exists():
+            return sidecar
+    raise ValueError(f"{path} has no ids: pass ids=, parquet or arrow files that hold them, in the order of the rows")
+
+
+def _write(path: Path, sources: list[Path], rows: RandomRows, id_column: str, made_from: Any) -> None:
+    from safetensors.numpy import save_file
+
+    offsets, text, integers = _read_ids(sources, id_column)
+    if len(offsets) - 1 != rows.num_rows:
+        raise ValueError(f"expected ids of {rows.num_rows} rows, {sources[0]} ... hold {len(offsets) - 1}")
+    hashes = np.empty(len(offsets) - 1, np.uint64)
+    _C.hash_ids(offsets, text, hashes)
+    order = np.argsort(hashes, kind="stable")
+    hashes = hashes[order]
+    _refuse_repeats(hashes, order, offsets, text, rows)
+    tensors: dict[str, NDArray[Any]] = {
+        "offsets": offsets,
+        "hashes": hashes,
+        "rows": order.astype(np.int64),
+        "text": text,
+    }
+    metadata = {_KEY: json.dumps({"integers": integers, "made_from": made_from})}
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _refuse_repeats(
+    hashes: NDArray[np.uint64],
+    order: NDArray[np.intp],
+    offsets: NDArray[np.int64],
+    text: NDArray[np.uint8],
+    rows: RandomRows,
+) -> None:
+    def id_at(row: int) -> bytes:
+        return text[offsets[row] : offsets[row + 1]].tobytes()
+
+    # Ids of one hash lie side by side; different ones among them are rarer than anything else that can go wrong.
+    for place in np.flatnonzero(hashes[1:] == hashes[:-1]):
+        first, second = int(order[place]), int(order[place + 1])
+        if id_at(first) == id_at(second):
+            raise ValueError(
+                f"id {id_at(first).decode(errors='replace')!r} occurs twice: {rows.place(first)} and "
+                f"{rows.place(second)}"
+            )
+
+
+def _read_ids(sources: list[Path], id_column: str) -> tuple[NDArray[np.int64], NDArray[np.uint8], bool]:
+    """Return offsets `(n + 1,)`, the text and whether the ids are integers."""
+    lengths, texts, kinds = [], [], set()
+    for path in sources:
+        column, is_integer = _id_column(path, id_column)
+        kinds.add(is_integer)
+        offsets = np.frombuffer(column.buffers()[1], np.int64)[column.offset :][: len(column) + 1]
+        lengths.append(np.diff(offsets))
+        if len(column) and column.buffers()[2] is not None:
+            texts.append(np.frombuffer(column.buffers()[2], np.uint8)[offsets[0] : offsets[-1]])
+    if len(kinds) > 1:
+        raise ValueError(f"{id_column!r} is text in some files and integers in others")
+    counts = np.concatenate(lengths)
+    text = np.concatenate(texts) if texts else np.zeros(0, np.uint8)
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), text, kinds == {True}
+
+
+def _id_column(path: Path, name: str) -> tuple[Any, bool]:
+    """Return the ids of a file as one large_string array, and whether they were integers."""
+    from ._arrow import arrow_errors, import_pyarrow
+
+    pa = import_pyarrow(path)
+    with arrow_errors(pa, path):
+        if format_of(path) == "parquet":
+            from pyarrow import parquet
+
+            names = parquet.read_schema(path).names
+            column = parquet.read_table(path, columns=[name])[name] if name in names else None
+        else:
+            with pa.memory_map(os.fspath(path)) as file:
+                is_stream = file.read(6) != b"ARROW1"
+                file.seek(0)
+                table = (pa.ipc.open_stream if is_stream else pa.ipc.open_file)(file).read_all()
+            names = table.schema.names
+            column = table[name] if name in names else None
+        if column is None:
+            raise ValueError(f"{path}: no column {name!r} of ids; it has {names}")
+        if column.null_count:
+            row = column.is_null().to_pylist().index(True)
+            raise ValueError(f"{path}: the id of row {row} is missing")
+        is_integer = pa.types.is_integer(column.type)
+        if not (is_integer or pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+            raise ValueError(f"{path}: ids must be text or integers, column {name!r} holds {column.type}")
+        column.validate(full=True)
+        text = column.cast(pa.large_string()).combine_chunks()
+        # A column without chunks combines to a chunked one in older versions.
+        return (text if isinstance(text, pa.Array) else pa.array([], pa.large_string())), is_integer
