@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ._errors import BadRowsError
 from ._progress import progress as show_progress
+from ._ranks import ALONE, Ranks
 from ._sample import Sample
 from .backends import check_has_kernels, choose, find_device
 from .io.sources import Batch, Source
@@ -97,6 +98,37 @@ class Reader:
                 advance(len(batch.rows.values))
 
 
+class RanksReader(Reader):
+    """Reads, in each of several processes, the share it is given, and adds up."""
+
+    def __init__(self, reader: Reader, ranks: Ranks) -> None:
+        self._reader, self._ranks = reader, ranks
+
+    def moments(self, source: Source, covariance: bool = False, precision: Precision = "high") -> Moments:
+        """Return, in every process, the moments of all rows."""
+        return self._ranks.total(self._reader.moments(source, covariance, precision))
+
+    def moments_and_sample(self, source: Source, covariance: bool = False) -> tuple[Moments, Sample]:
+        """Return, in every process, the moments of all rows, and in the first the sample of one that reads them all."""
+        moments, part = self._reader.moments_and_sample(source, covariance)
+        moments = self._ranks.total(moments)
+        num_rows = sum(self._ranks.gather(part.num_seen))
+        sample = Sample(source.dim, source.dtype, num_rows)
+        for keys, values in self._ranks.collect(part.kept_of(num_rows)):
+            sample.add(keys, partial(take_rows, values))
+        return moments, sample
+
+    def transformed_moments(self, source: Source, parameters: Parameters) -> Moments:
+        """Return, in the first process, the moments of what its map makes of all rows; the others `follow`."""
+        return self._ranks.total(self._reader.transformed_moments(source, self._ranks.broadcast(parameters)))
+
+    def follow(self, source: Source) -> Any:
+        """Read `source` whenever the first process maps it; return what it broadcasts that is no map."""
+        while isinstance(found := self._ranks.broadcast(None), Parameters):
+            self._ranks.total(self._reader.transformed_moments(source, found))
+        return found
+
+
 def take_rows(values: NDArray[Any], numbers: NDArray[np.intp], out: NDArray[Any]) -> None:
     """Copy rows of these numbers to `out`."""
     np.take(values, numbers, axis=0, out=out, mode="clip")
@@ -111,14 +143,22 @@ def _located(batch: Batch) -> Iterator[None]:
         raise error.moved(batch.origin, batch.start) from None
 
 
-def reader_for(backend: str, sources: tuple[Source, ...], *arguments: Any, **options: Any) -> Reader:
+def reader_for(
+    backend: str, sources: tuple[Source, ...], *arguments: Any, ranks: Ranks = ALONE, **options: Any
+) -> Reader:
     """Return what reads these sources: where they lie on one GPU, or where "triton" is asked for, there.
+
+    Of several processes each reads its share of them (see `Source.share`).
 
     Raises
     ------
     ValueError
-        If a backend asked for by name cannot run.
+        If a backend asked for by name cannot run, or several processes are to stop at a limit.
     """
+    if ranks.size > 1:
+        if options.get("limit") is not None:
+            raise ValueError("a limit needs the rows in order: read them in one process, without torchrun")
+        return RanksReader(reader_for(backend, sources, *arguments, **options), ranks)
     check_has_kernels(backend, "a fit")
     devices = {source.device for source in sources if source.device is not None}
     if len(devices) > 1:

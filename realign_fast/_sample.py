@@ -26,6 +26,11 @@ class Sample:
         Of the rows, which are kept in their own dtype.
     num_rows
         How many will come, where that is known: then no row is copied that would be dropped later.
+
+    Attributes
+    ----------
+    num_seen : int
+        How many have come.
     """
 
     def __init__(self, dim: int, dtype: str, num_rows: int | None) -> None:
@@ -34,7 +39,7 @@ class Sample:
         self._capacity = max(1, min(MAX_ROWS, MAX_BYTES // (dim * storage(dtype).itemsize)))
         self._halvings = 0
         self._expected = num_rows or 0
-        self._num_seen = 0
+        self.num_seen = 0
         self._num_kept = 0
         # Memory is touched only as rows come, and once: fresh pages cost more than the copy.
         self._values = np.empty((0, dim), storage(dtype))
@@ -45,10 +50,8 @@ class Sample:
 
         `take(numbers, out)` copies the rows of these numbers to `out`, in `storage(dtype)`.
         """
-        self._num_seen += len(keys)
-        needed = max(self._num_seen, self._expected)
-        while needed > self._capacity << self._halvings:
-            self._halvings += 1
+        self.num_seen += len(keys)
+        self._lower_bound()
         chosen = np.flatnonzero(self._below(keys))
         if self._num_kept + chosen.size > len(self._keys):
             self._refilter()  # what came under an earlier bound goes first
@@ -62,6 +65,18 @@ class Sample:
             kept = self._num_kept
             self._refilter()
             self._halvings += self._num_kept == kept
+
+    def kept_of(self, num_rows: int) -> tuple[NDArray[np.uint64], NDArray[Any]]:
+        """Return the keys `(n,)` and the rows `(n, dim)` that stay where `num_rows` came in all, here and elsewhere."""
+        self._expected = num_rows
+        self._lower_bound()
+        self._refilter()
+        return self._keys[: self._num_kept], self._values[: self._num_kept]
+
+    def _lower_bound(self) -> None:
+        needed = max(self.num_seen, self._expected)
+        while needed > self._capacity << self._halvings:
+            self._halvings += 1
 
     def _below(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
         # Keys are at least 1 for good rows; minus 1 maps them to [0, 2**64 - 1).

@@ -20,7 +20,8 @@ from . import _C, _files
 from ._dtypes import Rows
 from ._errors import raise_if_bad
 from ._progress import progress as show_progress
-from ._reader import Reader, reader_for
+from ._ranks import ALONE, Ranks
+from ._reader import RanksReader, Reader, reader_for
 from ._sample import Sample
 from ._steps import Affine, Noise, frozen
 from ._transform import Steps, transform_by, transform_rows
@@ -345,6 +346,7 @@ def fit(
     limit: int | None = None,
     encoder: str | None = None,
     progress: bool = False,
+    ranks: Ranks = ALONE,
     **options: Any,
 ) -> Alignment:
     """Fit an alignment of `text` (the source) to `image` (the target), from unpaired sets.
@@ -376,6 +378,8 @@ def fit(
         Which encoder made the embeddings; kept in the file.
     progress
         Show progress on stderr.
+    ranks
+        The processes that divide the files between them: all call this alike, and all get the same.
     **options
         Of the method. `refine`, of all with a centroid step ("realign", "coral", "bca", "ot", "debias"): Newton steps
         on the centroid gap that is left in the sample. `sigma` of "c3": the noise of an element. `shrinkage` of
@@ -412,9 +416,13 @@ def fit(
     _check_readable(text_source, solver, method)
     _check_dims(text_source, image_source)
     sources = text_source, image_source
-    reader = reader_for(backend, sources, on_bad_rows, num_threads, limit=limit, progress=progress)
+    reader = reader_for(backend, sources, on_bad_rows, num_threads, limit=limit, progress=progress, ranks=ranks)
+    text_source, image_source = text_source.share(ranks), image_source.share(ranks)
     target, image_sample = reader.moments_and_sample(image_source, solver.covariances)
     source, text_sample = reader.moments_and_sample(text_source, solver.covariances)
+    if isinstance(reader, RanksReader) and not ranks.first:
+        found: Alignment = reader.follow(text_source)
+        return found
     check_sets(source, target)
     text_part, image_part = _Part.whole(text_sample), _Part.whole(image_sample)
     moments_of = partial(reader.transformed_moments, text_source)
@@ -425,7 +433,7 @@ def fit(
     report |= _sample_report(solver, dict(options) | solution.chosen, text_part, image_part, num_threads)
     prints = {"text": text_source.fingerprint(), "image": image_source.fingerprint()}
     fingerprints = {name: value for name, value in prints.items() if value is not None}
-    return _alignment(method, solution, source, target, report, fingerprints, encoder)
+    return ranks.broadcast(_alignment(method, solution, source, target, report, fingerprints, encoder))
 
 
 def fit_from_moments(
@@ -503,6 +511,7 @@ def apply_files(
     noise_std: float | None = None,
     seed: int = 0,
     progress: bool = False,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Map every file of `text` into `out_dir`: same names, same row order, ids and other columns kept.
 
@@ -524,6 +533,8 @@ def apply_files(
         Names of the columns in files that have several.
     resume, overwrite
         What to do with an output folder that is not empty: go on where an earlier run ended, or start again.
+    ranks
+        The processes that divide the files between them: all call this alike.
 
     Returns
     -------
@@ -553,7 +564,8 @@ def apply_files(
     job: dict[str, Any] = {"alignment": alignment.fingerprint, "side": side, "on_bad_rows": on_bad_rows}
     if noise is not None:
         job |= {"noise_std": noise.std, "seed": noise.seed}
-    with show_progress("apply", count_rows(paths, column) if progress else None, enabled=progress) as advance:
+    total = count_rows(paths, column) if progress and ranks.size == 1 else None  # each shows what it does itself
+    with show_progress("apply", total, enabled=progress) as advance:
         return rewrite(
             paths,
             out_dir,
@@ -567,6 +579,7 @@ def apply_files(
             overwrite=overwrite,
             num_threads=num_threads,
             progress=advance,
+            ranks=ranks,
         )
 
 
@@ -603,14 +616,15 @@ def gather_moments(
     progress: bool = False,
     covariance: bool = False,
     precision: Precision = "high",
+    ranks: Ranks = ALONE,
 ) -> Moments:
     """Return the moments of everything in `data`, in any of the forms that `fit` takes.
 
-    `covariance` and `precision` are those of `Moments`.
+    `covariance` and `precision` are those of `Moments`, `ranks` as in `fit`.
     """
     source = open_source(data, name=name, key=key, column=column, num_threads=num_threads)
-    reader = reader_for(backend, (source,), on_bad_rows, num_threads, limit=limit, progress=progress)
-    return reader.moments(source, covariance, precision)
+    reader = reader_for(backend, (source,), on_bad_rows, num_threads, limit=limit, progress=progress, ranks=ranks)
+    return reader.moments(source.share(ranks), covariance, precision)
 
 
 class _Part(Source):

@@ -20,7 +20,8 @@ from ._version import __version__
 # What --device says, as the calls name it.
 _BACKENDS = {"cpu": "cpu", "cuda": "triton"}
 
-Handler = Callable[[argparse.Namespace], dict[str, Any]]
+# Of the processes that torchrun starts only the first has a summary.
+Handler = Callable[[argparse.Namespace], dict[str, Any] | None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +50,8 @@ def _run(arguments: argparse.Namespace, log: TextIO | None = None) -> int:
     except KeyboardInterrupt:
         print(f"realign {arguments.command}: interrupted", file=sys.stderr)
         return 130
+    if summary is None:
+        return 0
     line = json.dumps(summary)
     if log is not None:
         print(line, file=log)
@@ -81,27 +84,32 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _fit(arguments: argparse.Namespace) -> dict[str, Any]:
+def _fit(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    from ._ranks import connected
     from .alignment import fit
 
     names = ("refine", "sigma", "shrinkage", "strength", "kind", "energy", "k")
     options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    _check_output_file(arguments.output)
-    alignment = fit(
-        arguments.text,
-        arguments.image,
-        method=arguments.method,
-        on_bad_rows=arguments.on_bad_rows,
-        backend=_BACKENDS[arguments.device],
-        num_threads=arguments.threads,
-        text_column=arguments.text_column or arguments.embedding_column,
-        image_column=arguments.image_column or arguments.embedding_column,
-        limit=arguments.limit,
-        encoder=arguments.encoder,
-        progress=True,
-        **options,
-    )
-    alignment.save(arguments.output)
+    with connected() as ranks:
+        _check_output_file(arguments.output)
+        alignment = fit(
+            arguments.text,
+            arguments.image,
+            method=arguments.method,
+            on_bad_rows=arguments.on_bad_rows,
+            backend=_BACKENDS[arguments.device],
+            num_threads=ranks.threads(arguments.threads),
+            text_column=arguments.text_column or arguments.embedding_column,
+            image_column=arguments.image_column or arguments.embedding_column,
+            limit=arguments.limit,
+            encoder=arguments.encoder,
+            progress=ranks.first,
+            ranks=ranks,
+            **options,
+        )
+        if not ranks.first:
+            return None
+        alignment.save(arguments.output)
     report = alignment.report
     if "selection" in report:
         chosen, selection = report["options"], report["selection"]
@@ -120,25 +128,30 @@ def _fit(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"command": "fit", "output": str(arguments.output), **report}
 
 
-def _stats(arguments: argparse.Namespace) -> dict[str, Any]:
+def _stats(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    from ._ranks import connected
     from .alignment import gather_moments
 
-    _check_output_file(arguments.output)
-    moments = gather_moments(
-        arguments.path,
-        name="path",
-        on_bad_rows=arguments.on_bad_rows,
-        backend=_BACKENDS[arguments.device],
-        num_threads=arguments.threads,
-        column=arguments.embedding_column,
-        limit=arguments.limit,
-        progress=True,
-        covariance=arguments.covariance,
-        precision=arguments.precision,
-    )
-    if moments.count == 0:
-        raise ValueError(f"{arguments.path} has no rows to count")
-    moments.save(arguments.output)
+    with connected() as ranks:
+        _check_output_file(arguments.output)
+        moments = gather_moments(
+            arguments.path,
+            name="path",
+            on_bad_rows=arguments.on_bad_rows,
+            backend=_BACKENDS[arguments.device],
+            num_threads=ranks.threads(arguments.threads),
+            column=arguments.embedding_column,
+            limit=arguments.limit,
+            progress=ranks.first,
+            covariance=arguments.covariance,
+            precision=arguments.precision,
+            ranks=ranks,
+        )
+        if moments.count == 0:
+            raise ValueError(f"{arguments.path} has no rows to count")
+        if not ranks.first:
+            return None
+        moments.save(arguments.output)
     return {"command": "stats", "output": str(arguments.output), **_describe_moments(moments)}
 
 
@@ -153,27 +166,32 @@ def _merge(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"command": "merge", "output": str(arguments.output), **_describe_moments(merged)}
 
 
-def _apply(arguments: argparse.Namespace) -> dict[str, Any]:
+def _apply(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    from ._ranks import connected
     from .alignment import Alignment, apply_files
 
-    summary = apply_files(
-        Alignment.load(arguments.alignment),
-        arguments.text,
-        arguments.output,
-        dtype=arguments.dtype,
-        format=arguments.format,
-        side=arguments.side,
-        noise_std=arguments.noise_std,
-        seed=arguments.seed,
-        on_bad_rows=arguments.on_bad_rows,
-        column=arguments.text_column or arguments.embedding_column,
-        id_column=arguments.id_column,
-        resume=arguments.resume,
-        overwrite=arguments.overwrite,
-        backend=_BACKENDS[arguments.device],
-        num_threads=arguments.threads,
-        progress=True,
-    )
+    with connected() as ranks:
+        summary = apply_files(
+            Alignment.load(arguments.alignment),
+            arguments.text,
+            arguments.output,
+            dtype=arguments.dtype,
+            format=arguments.format,
+            side=arguments.side,
+            noise_std=arguments.noise_std,
+            seed=arguments.seed,
+            on_bad_rows=arguments.on_bad_rows,
+            column=arguments.text_column or arguments.embedding_column,
+            id_column=arguments.id_column,
+            resume=arguments.resume,
+            overwrite=arguments.overwrite,
+            backend=_BACKENDS[arguments.device],
+            num_threads=ranks.threads(arguments.threads),
+            progress=ranks.first,
+            ranks=ranks,
+        )
+        if not ranks.first:
+            return None
     return {"command": "apply", "output": str(arguments.output), **summary}
 
 

@@ -7,7 +7,8 @@ and fingerprint of each, in order) and `files`, one entry an output in the same 
 The journal holds one JSON object a line: first the manifest's head without `files` and with `former` (the files of an
 overwritten job; what is not replaced goes when this one ends), then one entry for each finished file. It becomes the
 manifest at the end. A file is in its place before its line is written, so that a line vouches for a file; a torn last
-line is ignored.
+line is ignored. Of several processes at one job the first keeps that journal and each other one its own,
+`.realign-journal-RANK`, which begins with the same head: a file system need not let two append to one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from .._files import write_atomically
 from .._version import __version__
@@ -25,6 +26,7 @@ from .sources import MANIFEST
 
 FORMAT_VERSION = 1
 JOURNAL = ".realign-journal"
+_PART = re.compile(re.escape(JOURNAL) + "-[0-9]+")
 _MAX_BYTES = 1 << 30
 _TEMPORARY = re.compile(r"\.(.+)\.(?:tmp-[0-9a-f]{8}|[0-9a-f]{8}\.tmp)")
 _FIELDS: dict[str, tuple[type, ...]] = {
@@ -92,21 +94,35 @@ def load(folder: Path) -> Manifest | None:
     """
     for name, finished in ((JOURNAL, False), (MANIFEST, True)):
         path = folder / name
-        if path.is_symlink():
-            raise ValueError(f"{path} is a link, expected a file")
-        if not path.exists():
+        if not path.exists() and not path.is_symlink():
             continue
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes, more than any manifest has")
-        text = path.read_bytes()
-        head, entries = _split(path, text, finished)
-        _check_head(path, head)
-        files = {}
-        for entry in entries:
-            check_entry(path, entry)
-            files[entry["input"]] = entry
-        return Manifest(head, files, finished=finished)
+        manifest = _read(path, finished)
+        if not finished:
+            for part in journal_parts(folder):
+                other = _read(part, finished)
+                if other.head == manifest.head:  # else a job before this one has left it
+                    manifest.files |= other.files
+        return manifest
     return None
+
+
+def journal_parts(folder: Path) -> list[Path]:
+    """Return the journals of all processes but the first."""
+    return sorted(path for path in folder.iterdir() if _PART.fullmatch(path.name))
+
+
+def _read(path: Path, finished: bool) -> Manifest:
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link, expected a file")
+    if path.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, more than any manifest has")
+    head, entries = _split(path, path.read_bytes(), finished)
+    _check_head(path, head)
+    files = {}
+    for entry in entries:
+        check_entry(path, entry)
+        files[entry["input"]] = entry
+    return Manifest(head, files, finished=finished)
 
 
 def _split(path: Path, text: bytes, finished: bool) -> tuple[Any, list[Any]]:
@@ -171,17 +187,35 @@ def _damaged(path: Path, what: str) -> NoReturn:
     raise ValueError(f"{path} is damaged: {what}")
 
 
-class Journal:
-    """Writes what is finished, and at last the manifest."""
+class Start(NamedTuple):
+    """Of a job: the manifest's head, entries of what is finished, and the files that an earlier job has left."""
 
-    def __init__(self, folder: Path, head: dict[str, Any], finished: Iterable[Entry], former: set[str]) -> None:
+    head: dict[str, Any]
+    finished: dict[str, Entry]
+    former: set[str]
+
+
+class Journal:
+    """Writes what is finished, and at last the manifest.
+
+    Attributes
+    ----------
+    start : Start
+        With which the journals of all processes of the job begin.
+    entries : dict
+        Of finished files by the name of their input.
+    """
+
+    def __init__(self, folder: Path, start: Start, rank: int = 0) -> None:
         self._folder = folder
-        self._head = head
-        self.entries = {entry["input"]: entry for entry in finished}
-        self._former = former
-        lines = [{**head, "former": sorted(former)}, *self.entries.values()]
-        write_atomically(folder / JOURNAL, "".join(_line(line) for line in lines).encode())
-        self._fd = os.open(folder / JOURNAL, os.O_WRONLY | os.O_APPEND)
+        self.start = start
+        self.entries = dict(start.finished)
+        self._path = folder / (f"{JOURNAL}-{rank}" if rank else JOURNAL)
+        lines = [{**start.head, "former": sorted(start.former)}, *(() if rank else self.entries.values())]
+        write_atomically(self._path, "".join(_line(line) for line in lines).encode())
+        if rank == 0:
+            self._remove_parts()  # what they hold is here now
+        self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND)
 
     def add(self, entry: Entry) -> None:
         """Vouch for one more file."""
@@ -189,18 +223,23 @@ class Journal:
         # power loss a missing line only means that its file is made again.
         data = _line(entry).encode()
         if os.write(self._fd, data) != len(data):
-            raise OSError(f"{self._folder / JOURNAL}: could not be written")
+            raise OSError(f"{self._path}: could not be written")
         self.entries[entry["input"]] = entry
 
     def finish(self) -> None:
         """Remove what is left of an overwritten job and turn the journal into the manifest."""
-        for name in self._former - names_of(self.entries.values()):
+        for name in self.start.former - names_of(self.entries.values()):
             (self._folder / name).unlink(missing_ok=True)
-        files = [self.entries[item["name"]] for item in self._head["inputs"]]
-        text = json.dumps({**self._head, "files": files}, indent=1, sort_keys=True) + "\n"
+        files = [self.entries[item["name"]] for item in self.start.head["inputs"]]
+        text = json.dumps({**self.start.head, "files": files}, indent=1, sort_keys=True) + "\n"
         write_atomically(self._folder / MANIFEST, text.encode())
         self.close()
-        (self._folder / JOURNAL).unlink()
+        self._path.unlink()
+        self._remove_parts()
+
+    def _remove_parts(self) -> None:
+        for path in journal_parts(self._folder):
+            path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close the file; the journal stays for a resumed run."""
@@ -222,5 +261,5 @@ def remove_temporaries(folder: Path, names: set[str]) -> None:
     """Remove what a killed job left unfinished of the files `names`."""
     for path in folder.iterdir():
         match = _TEMPORARY.fullmatch(path.name)
-        if match and match[1] in names | {MANIFEST, JOURNAL}:
+        if match and (match[1] in names | {MANIFEST, JOURNAL} or _PART.fullmatch(match[1])):
             path.unlink(missing_ok=True)

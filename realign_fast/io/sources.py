@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import glob
 import math
 import os
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._dtypes import Rows, storage
+from .._ranks import Ranks
 from .._rows import as_rows, dtype_name, is_tensor
 from ..backends import count_threads
 from ._fingerprint import combined, fingerprint
@@ -82,6 +84,18 @@ class Source(ABC):
         ValueError
             If a file is damaged, or a batch has another dimension or dtype than the first.
         """
+
+    def share(self, ranks: Ranks) -> Source:
+        """Return what this process reads of it: of files whole ones, divided by their sizes.
+
+        Raises
+        ------
+        ValueError
+            If it lies in memory and there are other processes, or they see other files.
+        """
+        if ranks.size > 1:
+            raise ValueError(f"{self.name} lies in memory: pass files, which can be divided over processes")
+        return self
 
     def fingerprint(self) -> str | None:
         """Return a hash of the files' sizes, times, headers and sampled blocks; None for data in memory."""
@@ -321,6 +335,12 @@ class _FileSource(Source):
                 self._check(shard.path, rows.values.shape[1], rows.dtype)
                 total += len(rows.values)
                 yield Batch(rows, str(shard.path), chunk.start)
+
+    def share(self, ranks: Ranks) -> Source:
+        mine = copy.copy(self)
+        mine._shards = [self._shards[i] for i in ranks.share([path.stat().st_size for path in self._paths])]
+        mine.num_rows = _sum_of(shard.num_rows for shard in mine._shards)
+        return mine
 
     def fingerprint(self) -> str | None:
         return combined([fingerprint(path) for path in self._paths])

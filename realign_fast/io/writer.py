@@ -20,12 +20,13 @@ import numpy as np
 from .. import _C
 from .._dtypes import Rows, storage, to_float64
 from .._errors import BadRowsError
+from .._ranks import ALONE, Ranks
 from .._rows import dtype_name
 from ..backends import count_threads
 from . import _manifest
 from ._encoders import Encoder, open_encoders, read
 from ._fingerprint import fingerprint
-from ._manifest import Entry, Journal, Manifest
+from ._manifest import Entry, Journal, Manifest, Start
 from ._pickles import PickleShard
 from ._prefetch import prefetch
 from ._raw import Blocks, Chunk
@@ -59,6 +60,7 @@ def rewrite(
     overwrite: bool = False,
     num_threads: int | None = None,
     progress: Callable[[int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Put the rows of every file through `transform` and write them under the same names into `out_dir`.
 
@@ -97,6 +99,8 @@ def rewrite(
         That compute; by default the cores this process may use.
     progress
         Called with the number of rows just done.
+    ranks
+        The processes that divide the files between them: all call this alike, and the first writes the manifest.
 
     Returns
     -------
@@ -126,20 +130,23 @@ def rewrite(
     if dtype == "bfloat16" and any(target.format != "safetensors" for target in targets):
         raise ValueError("only safetensors holds bfloat16: choose another dtype, or format='safetensors'")
     options = {"dtype": dtype, "format": format, "column": column, "id_column": id_column, "unit_norm": unit_norm}
-    inputs = [{"name": path.name, "fingerprint": fingerprint(path)} for path in paths]
-    head = _manifest.new_head({**job, **options}, inputs)
-    finished, former = _take_over(folder, head, resume=resume, overwrite=overwrite)
-    left = [target for target in targets if target.source.name not in finished]
-    _check_space(folder, left, column, dtype)
-    folder.mkdir(parents=True, exist_ok=True)
-    _manifest.remove_temporaries(folder, {name for target in targets for name in target.names})
-    journal = Journal(folder, head, finished.values(), former)
+    journal = _begin(targets, folder, {**job, **options}, resume, overwrite) if ranks.first else None
+    start: Any = ranks.broadcast(journal and journal.start)
+    journal = journal or Journal(folder, start, ranks.rank)
+    finished = dict(journal.entries)
     if progress is not None and finished:
         progress(sum(entry["rows"] for entry in finished.values()))
     try:
-        run = _Run(left, transform, column, id_column, dtype, journal, progress)
+        left = [target for target in targets if target.source.name not in finished]
+        mine = [left[i] for i in ranks.share([target.source.stat().st_size for target in left])]
+        first = open_shard(left[0].source, column) if left else None
+        run = _Run(mine, transform, column, id_column, dtype, journal, progress, first)
         run.do(count_threads(num_threads))
-        journal.finish()
+        of_all = ranks.gather((journal.entries, run.widened))
+        for entries_of_one, _ in of_all:
+            journal.entries |= entries_of_one
+        if ranks.first:
+            journal.finish()
     finally:
         journal.close()
     entries = journal.entries.values()
@@ -151,7 +158,7 @@ def rewrite(
         "bytes": sum(output["size"] for entry in entries for output in _manifest.outputs_of(entry)),
         "bad_rows": sum(entry["bad_rows"] for entry in entries),
         "seconds": round(time.monotonic() - began, 3),
-        "notes": [widened] if run.widened else [],
+        "notes": [widened] if any(has_widened for _, has_widened in of_all) else [],
     }
 
 
@@ -228,6 +235,18 @@ def _plan(paths: list[Path], folder: Path, wanted: str) -> list[_Target]:
             taken[output] = path
         targets.append(target)
     return targets
+
+
+def _begin(targets: list[_Target], folder: Path, job: dict[str, Any], resume: bool, overwrite: bool) -> Journal:
+    """Make the folder ready for a job, or for what is left of it."""
+    inputs = [{"name": target.source.name, "fingerprint": fingerprint(target.source)} for target in targets]
+    head = _manifest.new_head(job, inputs)
+    finished, former = _take_over(folder, head, resume=resume, overwrite=overwrite)
+    left = [target for target in targets if target.source.name not in finished]
+    _check_space(folder, left, job["column"], job["dtype"])
+    folder.mkdir(parents=True, exist_ok=True)
+    _manifest.remove_temporaries(folder, {name for target in targets for name in target.names})
+    return Journal(folder, Start(head, finished, former))
 
 
 def _take_over(
@@ -364,6 +383,7 @@ class _Run:
         dtype: str | None,
         journal: Journal,
         progress: Callable[[int], None] | None,
+        first: Shard | None,
     ) -> None:
         self.widened = False
         self.transform = transform
@@ -374,7 +394,8 @@ class _Run:
         self._journal = journal
         self._progress = progress
         self._lock = Lock()
-        self._first: Shard | None = None
+        # What the shapes of all are compared with, in other processes too.
+        self._first = first if first is not None and first.dim else None
         self._unfinished: list[_Output] = []
         self._errors: dict[int, BaseException] = {}
 
@@ -555,7 +576,7 @@ def verify(out_dir: str | os.PathLike[str], progress: Callable[[int], None] | No
         problems += found
         if progress is not None:
             progress(entry["rows"])
-    known = manifest.names() | {MANIFEST, _manifest.JOURNAL}
+    known = manifest.names() | {MANIFEST, _manifest.JOURNAL, *(path.name for path in _manifest.journal_parts(folder))}
     problems += [f"{path.name} is in no manifest" for path in sorted(folder.iterdir()) if path.name not in known]
     entries = manifest.files.values()
     return {
