@@ -126,8 +126,9 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     parser = arguments(__doc__)
     parser.add_argument("--folder", help="where the shards are written for the time of the run")
+    parser.add_argument("--rows", type=int, default=10_000_000)
     options = parser.parse_args()
-    count, rounds = (20_000, 2) if options.quick else (10_000_000, 5)
+    count, rounds = (20_000, 2) if options.quick else (options.rows, 3)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         lines = streams(Path(folder), count, rounds)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,9 @@ _PART_BYTES = 256 << 10
 # What is read from one place of a file at least, where rows are shuffled.
 _UNIT_BYTES = 1 << 20
 _SAMPLES_AT_ONCE = 256
+# Of which memory is kept for the next batch, and for how many: those of a loop and what it works ahead.
+_LARGE_BYTES, _MAX_BUFFERS = 1 << 20, 8
+_LINE_BYTES = 64
 _STATE_VERSION = 1
 
 Sample = dict[str, Any]
@@ -58,6 +63,7 @@ class _AlignedRows:
         if ids is not None and index is None:
             raise ValueError("ids need an index: pass index=, the file that is to hold it")
         self._alignment = alignment
+        self._memory = _Memory()
         self.ids: Ids | None = None
         if index is not None:
             self.ids = open_ids(Path(index), self.rows, id_column, None if ids is None else file_paths(ids))
@@ -69,7 +75,7 @@ class _AlignedRows:
 
         `fill` writes those from some place on into an array; by default they are read. The seed is that of noise.
         """
-        out = _new_tensor((len(numbers), self.rows.dim), getattr(torch, self.rows.dtype))
+        out = self._memory.new((len(numbers), self.rows.dim), getattr(torch, self.rows.dtype))
         target, threads = host_values(out, self.rows.dtype), count_threads(None)
         fill = fill or (lambda start, to, threads: self.rows.read(numbers[start : start + len(to)], to, threads))
         if self._alignment is None:
@@ -94,12 +100,41 @@ class _AlignedRows:
         return numbers.tolist() if self.ids is None else self.ids.of(numbers)
 
 
-def _new_tensor(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=dtype)
-    # As torch's own collate function does: what is sent to the main process then need not be copied.
-    storage = torch.UntypedStorage._new_shared(shape[0] * shape[1] * dtype.itemsize)  # type: ignore[no-untyped-call]
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape, (shape[1], 1))
+class _Memory:
+    """Tensors for batches, of memory that earlier ones have left: fresh pages cost more than reading into them."""
+
+    def __init__(self) -> None:
+        self._buffers: list[NDArray[np.uint8]] = []
+        self._lock = Lock()
+
+    def __getstate__(self) -> None:
+        return None
+
+    def __setstate__(self, _: None) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    def new(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Return an uninitialised tensor; in a loader's worker, in shared memory."""
+        size = shape[0] * shape[1] * dtype.itemsize
+        if get_worker_info() is not None:
+            # As torch's own collate function does: what is sent to the main process then need not be copied.
+            shared = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
+            return torch.empty(0, dtype=dtype).set_(shared, 0, shape, (shape[1], 1))
+        if size < _LARGE_BYTES:
+            return torch.empty(shape, dtype=dtype)
+        with self._lock:
+            return torch.from_numpy(self._free(size)).view(dtype).view(shape)
+
+    def _free(self, size: int) -> NDArray[np.uint8]:
+        for buffer in self._buffers:
+            # Of the list, this name and the call: no tensor has it any more.
+            if buffer.nbytes >= size + _LINE_BYTES and sys.getrefcount(buffer) == 3:
+                break
+        else:
+            buffer = np.empty(size + _LINE_BYTES, np.uint8)
+            self._buffers = [*self._buffers[-_MAX_BUFFERS + 1 :], buffer]
+        begin = -buffer.ctypes.data % _LINE_BYTES
+        return buffer[begin : begin + size]
 
 
 class EmbeddingDataset(Dataset[Sample]):
@@ -189,8 +224,9 @@ class EmbeddingDataset(Dataset[Sample]):
 class EmbeddingStream(IterableDataset[Sample]):
     """Rows of files as a stream, dealt to the ranks of a job and the workers of a loader without loss or repeats.
 
-    Yields `{"embedding": (dim,) tensor, "id": ...}`, or with a `batch_size` whole batches, `(n, dim)` and a list of
-    ids, of which only the last of an epoch may be smaller; hand it to a `DataLoader` with `batch_size=None` then.
+    Yields `{"embedding": (dim,) tensor, "id": ...}`, or with a `batch_size` whole batches, `(n, dim)` and `(n,)` ids, a
+    tensor of int64 or an array of text, of which only the last of an epoch may be smaller; hand it to a `DataLoader`
+    with `batch_size=None` then.
     Ranks get equally many rows but for one. In order, batches of a rank come in the order of the files however many
     workers there are. Shuffled, parts of the files come in random order and their rows through a buffer.
 
@@ -316,7 +352,7 @@ class EmbeddingStream(IterableDataset[Sample]):
             if self.batch_size:
                 done += len(ids)
                 self._now = self._state(worker, num_workers, epoch, done)
-                yield {"embedding": embeddings, "id": ids}
+                yield {"embedding": embeddings, "id": _id_batch(ids)}
                 continue
             for embedding, each in zip(embeddings.unbind(0), ids, strict=True):
                 done += 1
@@ -364,6 +400,15 @@ class EmbeddingStream(IterableDataset[Sample]):
             self._source.rows.read_range(int(numbers[start]), to, threads)
 
         return self._source.take(numbers, from_buffer if self.shuffle else from_files, seed)
+
+
+def _id_batch(ids: list[Any]) -> Any:
+    """Return ids as what a loader hands on as it is: it would look at each element of a list."""
+    if isinstance(ids[0], int):
+        return torch.tensor(ids)
+    batch = np.empty(len(ids), object)
+    batch[:] = ids
+    return batch
 
 
 class _Order:

@@ -192,7 +192,7 @@ def rows_of(batches):
 
 
 def ids_of(batches):
-    return [row for each in batches for row in (each["id"] if isinstance(each["id"], list) else [each["id"]])]
+    return [row for each in batches for row in np.atleast_1d(each["id"]).tolist()]
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -358,3 +358,16 @@ def test_noise_without_numbers_of_rows_differs_between_batches(whole):
     plain = alignment.transform(whole[:8], noise_std=0)
     assert not np.allclose(first - plain[:4], second - plain[4:], atol=1e-3)
     np.testing.assert_array_equal(function({"embedding": whole[2:6]})["embedding"][:2], first[2:])
+
+
+def test_memory_is_used_again_but_not_while_a_batch_lives(tmp_path):
+    rows = make(20_000, dim=256)
+    np.save(tmp_path / "a.npy", rows)
+    stream = EmbeddingStream(tmp_path / "a.npy", None, 2000)
+    kept = list(stream)
+    np.testing.assert_array_equal(torch.cat([batch["embedding"] for batch in kept]).numpy(), rows)
+    views = [batch["embedding"][5] for batch in kept]
+    del kept
+    places = {batch["embedding"].data_ptr() for _ in range(3) for batch in stream}
+    assert len(places) < 20
+    np.testing.assert_array_equal(torch.stack(views).numpy(), rows[5::2000])
