@@ -96,8 +96,9 @@ class _AlignedRows:
                 raise_if_bad((num_zero, num_nonfinite, first), "raise", f"the batch with {where}")
         return out
 
-    def ids_of(self, numbers: NDArray[np.int64]) -> list[Any]:
-        return numbers.tolist() if self.ids is None else self.ids.of(numbers)
+    def ids_of(self, numbers: NDArray[np.int64]) -> NDArray[Any]:
+        """Return the ids `(n,)` of the rows with these numbers, int64 or text."""
+        return numbers if self.ids is None else self.ids.of(numbers)
 
 
 class _Memory:
@@ -216,7 +217,7 @@ class EmbeddingDataset(Dataset[Sample]):
         else:
             numbers = np.asarray(items, np.int64)
             numbers = np.where(numbers < 0, numbers + len(self), numbers)
-            ids = self._source.ids_of(numbers) if ((numbers >= 0) & (numbers < len(self))).all() else []
+            ids = self._source.ids_of(numbers).tolist() if ((numbers >= 0) & (numbers < len(self))).all() else []
         embeddings = self._source.take(numbers, None, self.seed).unbind(0)
         return [{"embedding": embedding, "id": each} for embedding, each in zip(embeddings, ids, strict=True)]
 
@@ -352,9 +353,9 @@ class EmbeddingStream(IterableDataset[Sample]):
             if self.batch_size:
                 done += len(ids)
                 self._now = self._state(worker, num_workers, epoch, done)
-                yield {"embedding": embeddings, "id": _id_batch(ids)}
+                yield {"embedding": embeddings, "id": torch.from_numpy(ids) if ids.dtype == np.int64 else ids}
                 continue
-            for embedding, each in zip(embeddings.unbind(0), ids, strict=True):
+            for embedding, each in zip(embeddings.unbind(0), ids.tolist(), strict=True):
                 done += 1
                 self._now = self._state(worker, num_workers, epoch, done)
                 yield {"embedding": embedding, "id": each}
@@ -362,7 +363,7 @@ class EmbeddingStream(IterableDataset[Sample]):
 
     def _batches(
         self, worker: int, num_workers: int, epoch: int, done: int
-    ) -> Generator[tuple[torch.Tensor, list[Any]], None, None]:
+    ) -> Generator[tuple[torch.Tensor, NDArray[Any]], None, None]:
         """Yield what this worker gets after its first `done` rows: of the rank's blocks every `num_workers`-th."""
         first, end = self._share()
         words = np.random.SeedSequence([self.seed, epoch]).generate_state(2, np.uint64)
@@ -400,15 +401,6 @@ class EmbeddingStream(IterableDataset[Sample]):
             self._source.rows.read_range(int(numbers[start]), to, threads)
 
         return self._source.take(numbers, from_buffer if self.shuffle else from_files, seed)
-
-
-def _id_batch(ids: list[Any]) -> Any:
-    """Return ids as what a loader hands on as it is: it would look at each element of a list."""
-    if isinstance(ids[0], int):
-        return torch.tensor(ids)
-    batch = np.empty(len(ids), object)
-    batch[:] = ids
-    return batch
 
 
 class _Order:

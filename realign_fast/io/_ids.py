@@ -81,12 +81,12 @@ class Ids:
             raise KeyError(f"no id {ids[int(found.argmin())]!r} among the {len(self)} of {self.path}")
         return found
 
-    def of(self, numbers: NDArray[np.int64]) -> list[Any]:
-        """Return the ids of the rows with these numbers."""
+    def of(self, numbers: NDArray[np.int64]) -> NDArray[Any]:
+        """Return the ids `(n,)` of the rows with these numbers: int64, or text as objects."""
         begins, ends = self._offsets[numbers].tolist(), self._offsets[numbers + 1].tolist()
         text = self._text
         found = [bytes(text[begin:end]).decode() for begin, end in zip(begins, ends, strict=True)]
-        return [int(each) for each in found] if self.integers else found
+        return np.array([int(each) for each in found], np.int64) if self.integers else np.array(found, object)
 
 
 def open_ids(path: Path, rows: RandomRows, id_column: str, id_paths: list[Path] | None) -> Ids:
