@@ -32,8 +32,9 @@ from .io.sources import file_paths
 
 __all__ = ["EmbeddingDataset", "EmbeddingStream", "align", "align_collate"]
 
-# What is mapped at a time: it stays in a processor's own cache between being read and being mapped.
-_PART_BYTES = 256 << 10
+# What a thread maps at a time: small enough for the last cache between being read and being mapped, large enough that
+# the calls do not count.
+_PART_BYTES = 2 << 20
 # What is read from one place of a file at least, where rows are shuffled.
 _UNIT_BYTES = 1 << 20
 _SAMPLES_AT_ONCE = 256
