@@ -18,6 +18,7 @@ try:
 except ModuleNotFoundError as missing:
     raise ImportError("realign_fast.data needs torch: pip install 'realign-fast[torch]'") from missing
 
+from . import _C
 from ._dtypes import Rows, storage
 from ._errors import raise_if_bad
 from ._rows import host_values, is_tensor
@@ -213,13 +214,12 @@ class EmbeddingDataset(Dataset[Sample]):
         if len(items) == 0:
             return []
         if isinstance(items[0], str):
-            ids: list[Any] = list(items)
-            numbers = self.numbers_of(ids)
+            numbers = self.numbers_of(list(items))
         else:
             numbers = np.asarray(items, np.int64)
             numbers = np.where(numbers < 0, numbers + len(self), numbers)
-            ids = self._source.ids_of(numbers).tolist() if ((numbers >= 0) & (numbers < len(self))).all() else []
-        embeddings = self._source.take(numbers, None, self.seed).unbind(0)
+        embeddings = self._source.take(numbers, None, self.seed).unbind(0)  # which finds out whether there are such
+        ids = items if isinstance(items[0], str) else self._source.ids_of(numbers).tolist()
         return [{"embedding": embedding, "id": each} for embedding, each in zip(embeddings, ids, strict=True)]
 
 
@@ -282,7 +282,7 @@ class EmbeddingStream(IterableDataset[Sample]):
         # Shared with the workers, which persistent loaders never ask anew.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._begin: dict[str, Any] | None = None
-        self._now: dict[str, Any] | None = None
+        self._now: tuple[int, int, int, int] | None = None  # what `_state` takes
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order and the noise of the next iteration, as a `DistributedSampler` does; the first is 0."""
@@ -302,7 +302,9 @@ class EmbeddingStream(IterableDataset[Sample]):
 
         In a loader with workers each of them has its own: torchdata's `StatefulDataLoader` gathers these.
         """
-        return dict(self._now or self._begin or self._state(0, 1, int(self._epoch), 0))
+        if self._now is None and self._begin is not None:
+            return dict(self._begin)
+        return self._state(*(self._now or (0, 1, int(self._epoch), 0)))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next iteration begin where that of `state_dict` stood; its epoch is set too.
@@ -353,12 +355,12 @@ class EmbeddingStream(IterableDataset[Sample]):
         for embeddings, ids in batches:
             if self.batch_size:
                 done += len(ids)
-                self._now = self._state(worker, num_workers, epoch, done)
+                self._now = worker, num_workers, epoch, done
                 yield {"embedding": embeddings, "id": torch.from_numpy(ids) if ids.dtype == np.int64 else ids}
                 continue
             for embedding, each in zip(embeddings.unbind(0), ids.tolist(), strict=True):
                 done += 1
-                self._now = self._state(worker, num_workers, epoch, done)
+                self._now = worker, num_workers, epoch, done
                 yield {"embedding": embedding, "id": each}
         self._now = None
 
@@ -468,8 +470,6 @@ class _Align:
 
 
 def _numbers_of(x: Any) -> NDArray[np.int64]:
-    from . import _C
-
     rows = x.detach().float().cpu().numpy() if is_tensor(x) else np.asarray(x, np.float32)
     flat = np.ascontiguousarray(rows.reshape(-1, rows.shape[-1]))
     offsets = np.arange(len(flat) + 1, dtype=np.int64) * flat.shape[1] * flat.itemsize

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _C
-from ._random import RandomRows
-from ._safetensors import _parse
+from .._files import replacing
+from ._random import RandomRows, state_of
+from ._safetensors import parse
 from .formats import format_of
 from .sources import SIDECAR
 
@@ -41,7 +42,7 @@ class Ids:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        tensors, metadata, start = _parse(path)
+        tensors, metadata, start = parse(path)
         try:
             fields = json.loads(metadata[_KEY])
             self.integers, self.made_from = bool(fields["integers"]), fields["made_from"]
@@ -108,7 +109,7 @@ def open_ids(path: Path, rows: RandomRows, id_column: str, id_paths: list[Path] 
         If a file cannot be read, ids are missing, null, neither text nor integers, or occur twice.
     """
     sources = [_id_file(each) for each in rows.paths] if id_paths is None else id_paths
-    stats = [[each.name, each.stat().st_size, each.stat().st_mtime_ns] for each in sources]
+    stats = [[each.name, *state_of(each)] for each in sources]
     made_from = json.loads(json.dumps([id_column, rows.num_rows, rows.stamp, stats]))
     if path.exists():
         ids = Ids(path)
@@ -147,14 +148,8 @@ def _write(path: Path, sources: list[Path], rows: RandomRows, id_column: str, ma
         "text": text,
     }
     metadata = {_KEY: json.dumps({"integers": integers, "made_from": made_from})}
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
-    try:
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _refuse_repeats(

@@ -45,7 +45,7 @@ class RandomRows:
 
     def __init__(self, paths: list[Path], column: str | None = None) -> None:
         self.paths = paths
-        self._states = [_state(path) for path in paths]
+        self._states = [state_of(path) for path in paths]
         self.dim, self.dtype = 0, ""
         files: list[int] = []
         offsets: list[int] = []
@@ -161,7 +161,8 @@ class RandomRows:
         return fd
 
 
-def _state(path: Path) -> list[int]:
+def state_of(path: Path) -> list[int]:
+    """Return what changes when a file does: its size and time of change."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]
 

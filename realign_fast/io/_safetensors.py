@@ -38,7 +38,7 @@ class SafetensorsShard:
 
     def __init__(self, path: Path, column: str | None) -> None:
         self.path = path
-        self.tensors, self.metadata, self.data_start = _parse(path)
+        self.tensors, self.metadata, self.data_start = parse(path)
         self.column = self._choose(column)
         tensor = self.tensors[self.column]
         dtype = self.dtype = _NAMES[tensor.code]
@@ -81,7 +81,7 @@ class SafetensorsShard:
         return column
 
 
-def _parse(path: Path) -> tuple[dict[str, Tensor], dict[str, str], int]:
+def parse(path: Path) -> tuple[dict[str, Tensor], dict[str, str], int]:
     def damaged(what: str) -> NoReturn:
         raise ValueError(f"{path}: the safetensors header is damaged: {what}")
 
