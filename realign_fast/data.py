@@ -149,7 +149,7 @@ class EmbeddingDataset(Dataset[Sample]):
     Parameters
     ----------
     paths
-        A path, glob or directory, or a list of such: npy, safetensors and uncompressed arrow files.
+        A path, glob, directory or URL, or a list of such: npy, safetensors and uncompressed local arrow files.
     alignment
         Maps the rows on their way; they keep their dtype. Noise, which only "c3" has, depends on `seed` and the row.
     column
@@ -383,10 +383,9 @@ class EmbeddingStream(IterableDataset[Sample]):
             if self.shuffle:
                 if len(buffer) < count:
                     buffer = np.empty((count, buffer.shape[1]), buffer.dtype)
-                at = 0
-                for start, length in ranges:
-                    self._source.rows.read_range(start, buffer[at : at + length], count_threads(None))
-                    at += length
+                parts = np.split(buffer[:count], np.cumsum([length for _, length in ranges])[:-1])
+                starts = [start for start, _ in ranges]
+                self._source.rows.read_ranges(list(zip(starts, parts, strict=True)), count_threads(None))
                 block = number * num_workers + worker
                 chosen = np.random.default_rng([int(words[0]), self.rank, block]).permutation(count)
             for start in range(done, count, self._at_once):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 
 from .._dtypes import Rows, storage
 from ._raw import Blocks, Chunk, Layout, check_shape, read_layout
+from ._remote import AnyPath, RemotePath
 
 DEFAULT_COLUMN = "embedding"
 _DTYPES = {"halffloat": "float16", "float": "float32", "double": "float64"}
 _BUFFER_BYTES = 1 << 20
 
 
-def import_pyarrow(path: Path) -> Any:
+def import_pyarrow(path: AnyPath) -> Any:
     """Return pyarrow; ImportError in one line where it is missing."""
     try:
         import pyarrow
@@ -33,7 +34,7 @@ class ParquetShard:
 
     decoded = True
 
-    def __init__(self, path: Path, column: str | None) -> None:
+    def __init__(self, path: AnyPath, column: str | None) -> None:
         self.path = path
         self._pa = import_pyarrow(path)
         with self._open() as file:
@@ -41,6 +42,9 @@ class ParquetShard:
             self.num_rows = file.metadata.num_rows
             self.column = column or DEFAULT_COLUMN
             self.dtype, self.dim = _embedding_type(self._pa, path, self.schema, self.column)
+            self.ranges: list[tuple[int, int]] = []
+            if isinstance(path, RemotePath):
+                self.ranges = _column_ranges(file.metadata, self.column, path.size)
             if self.dim == 0 and self.num_rows:
                 first = next(file.iter_batches(1, columns=[self.column], use_threads=False), None)
                 if first is None:
@@ -54,7 +58,7 @@ class ParquetShard:
             return
         step = blocks.num_rows(self.dim * storage(self.dtype).itemsize)
         start = 0
-        with self._open() as file:
+        with self._open(blocks) as file:
             names = None if columns else [self.column]
             for batch in file.iter_batches(step, columns=names, use_threads=False):
                 values = _values(self.path, batch.column(self.column), self.dim, start)
@@ -64,13 +68,30 @@ class ParquetShard:
             raise ValueError(f"{self.path}: expected {self.num_rows} rows by its footer, found {start}")
 
     @contextmanager
-    def _open(self) -> Iterator[Any]:
+    def _open(self, blocks: Blocks | None = None) -> Iterator[Any]:
         from pyarrow import parquet
 
         # A buffered stream without pre-buffering reads pages, not whole column chunks.
         options = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False}
-        with arrow_errors(self._pa, self.path), parquet.ParquetFile(self.path, **options) as file:
-            yield file
+        with arrow_errors(self._pa, self.path), ExitStack() as stack:
+            source: Any = self.path
+            if isinstance(self.path, RemotePath):
+                remote = stack.enter_context(blocks.open(self.path) if blocks else self.path.open())
+                source = self._pa.PythonFile(remote, "r")
+            yield stack.enter_context(parquet.ParquetFile(source, **options))
+
+
+def _column_ranges(metadata: Any, column: str, size: int) -> list[tuple[int, int]]:
+    """Return which bytes of a parquet file hold a column, in the order in which they are read."""
+    found = []
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for chunk in map(group.column, range(group.num_columns)):
+            if f"{chunk.path_in_schema}.".startswith(f"{column}."):
+                begin = chunk.dictionary_page_offset or chunk.data_page_offset
+                end = begin + chunk.total_compressed_size
+                if 0 <= begin < end <= size:  # else the footer is damaged, and reading will tell
+                    found.append((begin, end))
+    return found
 
 
 class ArrowShard:
@@ -159,7 +180,7 @@ class ArrowShard:
 
 
 @contextmanager
-def arrow_errors(pa: Any, path: Path) -> Iterator[None]:
+def arrow_errors(pa: Any, path: AnyPath) -> Iterator[None]:
     """Raise pyarrow's errors as ValueError that names the file."""
     try:
         yield
@@ -172,7 +193,7 @@ def arrow_errors(pa: Any, path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is damaged or in an unknown format: {first_line}") from error
 
 
-def _embedding_type(pa: Any, path: Path, schema: Any, column: str) -> tuple[str, int]:
+def _embedding_type(pa: Any, path: AnyPath, schema: Any, column: str) -> tuple[str, int]:
     """Return the dtype of the embeddings, and their dimension where the type states it, else 0."""
     count = schema.names.count(column)
     if count != 1:
@@ -196,7 +217,7 @@ def _others(batch: Any, column: str) -> Any:
     return others if others.num_columns else None
 
 
-def _first_length(path: Path, array: Any) -> int:
+def _first_length(path: AnyPath, array: Any) -> int:
     array.validate(full=True)
     if array.is_null()[0].as_py():
         raise ValueError(f"{path}: row 0 is null, expected a list of numbers")
@@ -205,7 +226,7 @@ def _first_length(path: Path, array: Any) -> int:
     return length
 
 
-def _values(path: Path, array: Any, dim: int, start: int) -> NDArray[Any]:
+def _values(path: AnyPath, array: Any, dim: int, start: int) -> NDArray[Any]:
     """Return the lists of `array`, the first of which is row `start`, as `(n, dim)` without copying."""
     array.validate(full=True)
     if array.null_count:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 from collections.abc import Callable, Generator
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +19,7 @@ from .._dtypes import Rows, storage
 from ._arrow import DEFAULT_COLUMN, ArrowShard, ParquetShard, arrow_errors, import_pyarrow
 from ._pickles import LoadedPickle
 from ._raw import Blocks, Chunk
+from ._remote import AnyPath
 from ._safetensors import DTYPE_CODES, METADATA, SafetensorsShard
 from ._sink import Sink
 from .formats import Shard
@@ -122,14 +121,14 @@ class SafetensorsEncoder:
         for offset, size in self._copies:
             if offset is None or self._source is None:
                 return
-            with self._source.path.open("rb", buffering=0) as file:
-                end = offset + size
-                while offset < end:
-                    data = os.pread(file.fileno(), min(_COPY_BYTES, end - offset), offset)
+            with self._source.path.open("rb") as file:
+                file.seek(offset)
+                while size:
+                    data = file.read(min(_COPY_BYTES, size))
                     if not data:
                         raise ValueError(f"{self._source.path} was truncated while it was read")
                     self._sink.write(data)
-                    offset += len(data)
+                    size -= len(data)
 
 
 class PickleEncoder:
@@ -317,7 +316,7 @@ def _columns_of(pa: Any, source: LoadedPickle, rename: dict[str, str]) -> Any:
     return pa.RecordBatch.from_arrays(arrays, names=names)
 
 
-def _check_plain(pa: Any, path: Path, schema: Any, dropped: str) -> None:
+def _check_plain(pa: Any, path: AnyPath, schema: Any, dropped: str) -> None:
     """Raise ValueError for columns whose values our own reader of pickles would refuse."""
 
     def plain(kind: Any) -> bool:

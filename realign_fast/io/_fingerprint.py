@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from .. import _C
+from ._remote import AnyPath, RemotePath
 
 _BLOCK_BYTES = 4096
 _NUM_BLOCKS = 64
 _END_BYTES = 1 << 16  # formats keep their headers at one of the ends
 
 
-def fingerprint(path: Path) -> str:
-    """Return a hash, 16 hex digits, of the size, the time of change, both ends and 64 blocks of a file."""
+def fingerprint(path: AnyPath) -> str:
+    """Return a hash, 16 hex digits, of the size, the time of change, both ends and 64 blocks of a file.
+
+    Of a remote one: of its size and what its store says of its version, or else of both ends.
+    """
     hasher = _C.XXH64()
+    if isinstance(path, RemotePath):
+        hasher.update(f"{path.size} {path.version}".encode())
+        if path.version is None:
+            for begin in (0, max(0, path.size - _END_BYTES)):
+                hasher.update(path.fetch(begin, min(path.size, begin + _END_BYTES)))
+        return hasher.hexdigest()
     with path.open("rb", buffering=0) as file:
         status = os.fstat(file.fileno())
         size = status.st_size

@@ -7,7 +7,6 @@ their XXH64, sorted; `rows` (n,), which row each hash belongs to. Its header say
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from numpy.typing import NDArray
 
 from .. import _C
 from .._files import replacing
-from ._random import RandomRows, state_of
+from ._random import RandomRows
+from ._remote import AnyPath, RemotePath, state_of
 from ._safetensors import parse
 from .formats import format_of
 from .sources import SIDECAR
@@ -90,7 +90,7 @@ class Ids:
         return np.array([int(each) for each in found], np.int64) if self.integers else np.array(found, object)
 
 
-def open_ids(path: Path, rows: RandomRows, id_column: str, id_paths: list[Path] | None) -> Ids:
+def open_ids(path: Path, rows: RandomRows, id_column: str, id_paths: list[AnyPath] | None) -> Ids:
     """Return the index at `path`, made where it is absent or of other files.
 
     Parameters
@@ -108,7 +108,7 @@ def open_ids(path: Path, rows: RandomRows, id_column: str, id_paths: list[Path] 
     OSError, ValueError
         If a file cannot be read, ids are missing, null, neither text nor integers, or occur twice.
     """
-    sources = [_id_file(each) for each in rows.paths] if id_paths is None else id_paths
+    sources: list[AnyPath] = [_id_file(each) for each in rows.paths] if id_paths is None else id_paths
     stats = [[each.name, *state_of(each)] for each in sources]
     made_from = json.loads(json.dumps([id_column, rows.num_rows, rows.stamp, stats]))
     if path.exists():
@@ -119,18 +119,19 @@ def open_ids(path: Path, rows: RandomRows, id_column: str, id_paths: list[Path] 
     return Ids(path)
 
 
-def _id_file(path: Path) -> Path:
+def _id_file(path: AnyPath) -> Path:
     """Return the file that holds the ids of a file's rows."""
-    if format_of(path) == "arrow":
-        return path
-    for suffix in (".parquet", ".arrow"):
-        sidecar = path.with_name(path.stem + SIDECAR + suffix)
-        if sidecar.exists():
-            return sidecar
+    if isinstance(path, Path):
+        if format_of(path) == "arrow":
+            return path
+        for suffix in (".parquet", ".arrow"):
+            sidecar = path.with_name(path.stem + SIDECAR + suffix)
+            if sidecar.exists():
+                return sidecar
     raise ValueError(f"{path} has no ids: pass ids=, parquet or arrow files that hold them, in the order of the rows")
 
 
-def _write(path: Path, sources: list[Path], rows: RandomRows, id_column: str, made_from: Any) -> None:
+def _write(path: Path, sources: list[AnyPath], rows: RandomRows, id_column: str, made_from: Any) -> None:
     from safetensors.numpy import save_file
 
     offsets, text, integers = _read_ids(sources, id_column)
@@ -172,15 +173,17 @@ def _refuse_repeats(
             )
 
 
-def _read_ids(sources: list[Path], id_column: str) -> tuple[NDArray[np.int64], NDArray[np.uint8], bool]:
+def _read_ids(sources: list[AnyPath], id_column: str) -> tuple[NDArray[np.int64], NDArray[np.uint8], bool]:
     """Return offsets `(n + 1,)`, the text and whether the ids are integers."""
-    lengths, texts, kinds = [], [], set()
+    lengths, texts, kinds = [np.zeros(0, np.int64)], [], set()
     for path in sources:
         column, is_integer = _id_column(path, id_column)
+        if not len(column):
+            continue
         kinds.add(is_integer)
         offsets = np.frombuffer(column.buffers()[1], np.int64)[column.offset :][: len(column) + 1]
         lengths.append(np.diff(offsets))
-        if len(column) and column.buffers()[2] is not None:
+        if column.buffers()[2] is not None:
             texts.append(np.frombuffer(column.buffers()[2], np.uint8)[offsets[0] : offsets[-1]])
     if len(kinds) > 1:
         raise ValueError(f"{id_column!r} is text in some files and integers in others")
@@ -189,22 +192,21 @@ def _read_ids(sources: list[Path], id_column: str) -> tuple[NDArray[np.int64], N
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), text, kinds == {True}
 
 
-def _id_column(path: Path, name: str) -> tuple[Any, bool]:
+def _id_column(path: AnyPath, name: str) -> tuple[Any, bool]:
     """Return the ids of a file as one large_string array, and whether they were integers."""
     from ._arrow import arrow_errors, import_pyarrow
 
     pa = import_pyarrow(path)
-    with arrow_errors(pa, path):
+    with arrow_errors(pa, path), path.open() if isinstance(path, RemotePath) else pa.memory_map(str(path)) as file:
         if format_of(path) == "parquet":
             from pyarrow import parquet
 
-            names = parquet.read_schema(path).names
-            column = parquet.read_table(path, columns=[name])[name] if name in names else None
+            names = parquet.read_schema(file).names
+            column = parquet.read_table(file, columns=[name])[name] if name in names else None
         else:
-            with pa.memory_map(os.fspath(path)) as file:
-                is_stream = file.read(6) != b"ARROW1"
-                file.seek(0)
-                table = (pa.ipc.open_stream if is_stream else pa.ipc.open_file)(file).read_all()
+            is_stream = file.read(6) != b"ARROW1"
+            file.seek(0)
+            table = (pa.ipc.open_stream if is_stream else pa.ipc.open_file)(file).read_all()
             names = table.schema.names
             column = table[name] if name in names else None
         if column is None:
@@ -212,8 +214,10 @@ def _id_column(path: Path, name: str) -> tuple[Any, bool]:
         if column.null_count:
             row = column.is_null().to_pylist().index(True)
             raise ValueError(f"{path}: the id of row {row} is missing")
-        is_integer = pa.types.is_integer(column.type)
-        if not (is_integer or pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        types = pa.types
+        is_integer = types.is_integer(column.type)
+        is_text = types.is_string(column.type) or types.is_large_string(column.type)
+        if not (is_integer or is_text or types.is_null(column.type)):  # without rows there may be no type either
             raise ValueError(f"{path}: ids must be text or integers, column {name!r} holds {column.type}")
         column.validate(full=True)
         text = column.cast(pa.large_string()).combine_chunks()

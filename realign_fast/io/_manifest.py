@@ -29,6 +29,8 @@ JOURNAL = ".realign-journal"
 _PART = re.compile(re.escape(JOURNAL) + "-[0-9]+")
 _MAX_BYTES = 1 << 30
 _TEMPORARY = re.compile(r"\.(.+)\.(?:tmp-[0-9a-f]{8}|[0-9a-f]{8}\.tmp)")
+# Of a remote input, which keeps its suffix.
+_COPY = re.compile(r"\.copy-[0-9a-f]{8}-.+")
 _FIELDS: dict[str, tuple[type, ...]] = {
     "name": (str,),
     "input": (str,),
@@ -254,12 +256,18 @@ def _line(value: dict[str, Any]) -> str:
 
 def is_temporary(name: str) -> bool:
     """Return whether `name` is one under which a killed job leaves a file unfinished."""
-    return _TEMPORARY.fullmatch(name) is not None
+    return (_TEMPORARY.fullmatch(name) or _COPY.fullmatch(name)) is not None
+
+
+def copy_name(name: str) -> str:
+    """Return under which name an output folder holds a copy of the remote input `name` for a while."""
+    return f".copy-{os.urandom(4).hex()}-{name}"
 
 
 def remove_temporaries(folder: Path, names: set[str]) -> None:
     """Remove what a killed job left unfinished of the files `names`."""
     for path in folder.iterdir():
         match = _TEMPORARY.fullmatch(path.name)
-        if match and (match[1] in names | {MANIFEST, JOURNAL} or _PART.fullmatch(match[1])):
+        ours = match and (match[1] in names | {MANIFEST, JOURNAL} or _PART.fullmatch(match[1]))
+        if ours or _COPY.fullmatch(path.name):
             path.unlink(missing_ok=True)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 from collections.abc import Generator
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -15,6 +13,7 @@ import numpy as np
 from .._dtypes import storage
 from .._rows import dtype_name
 from ._raw import Blocks, Chunk, Layout, check_shape, read_layout
+from ._remote import AnyPath, size_of
 
 _MAGIC = b"\x93NUMPY"
 _MAX_HEADER_BYTES = 10_000  # NumPy's own bound: the parser of literals is not made for more
@@ -28,19 +27,20 @@ class NpyShard:
 
     decoded = False
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: AnyPath) -> None:
         self.path = path
         self.layout = _parse(path)
         self.num_rows, self.dim, self.dtype = self.layout.num_rows, self.layout.dim, self.layout.dtype
+        self.ranges = self.layout.ranges
 
     def chunks(self, blocks: Blocks, *, columns: bool = False) -> Generator[Chunk, None, None]:
         """Read the rows; there are no other columns."""
         return read_layout(self.path, self.layout, blocks)
 
 
-def _parse(path: Path) -> Layout:
+def _parse(path: AnyPath) -> Layout:
+    size = size_of(path)
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
         start = file.read(12)
         if start[:6] != _MAGIC or len(start) < 10:
             raise ValueError(f"{path} is no npy file: it begins with {start[:6]!r}, expected {_MAGIC!r}")
@@ -65,7 +65,7 @@ def _parse(path: Path) -> Layout:
     return Layout(begin + length, shape[0], shape[1], dtype, swapped, fortran)
 
 
-def _parse_header(path: Path, text: bytes, encoding: str) -> dict[str, Any]:
+def _parse_header(path: AnyPath, text: bytes, encoding: str) -> dict[str, Any]:
     try:
         with _parsing:
             header = ast.literal_eval(text.decode(encoding).strip())
@@ -76,7 +76,7 @@ def _parse_header(path: Path, text: bytes, encoding: str) -> dict[str, Any]:
     return header
 
 
-def _parse_dtype(path: Path, descr: object) -> tuple[str, bool]:
+def _parse_dtype(path: AnyPath, descr: object) -> tuple[str, bool]:
     if not isinstance(descr, str) or not re.fullmatch(r"[<>=|]?[a-zA-Z?]\d{0,4}", descr):
         raise ValueError(f"{path}: expected an array of float16, float32 or float64, got {str(descr)[:40]}")
     try:

@@ -1,4 +1,4 @@
-"""Rows of many files by number, in any order, read where they lie.
+"""Rows of many files by number, in any order, read where they lie, be that here or in a store.
 
 They are read and not mapped: a file that is cut short meanwhile then is an error and no signal, and the memory of a
 process does not grow with the rows that it has seen.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,9 @@ from .._dtypes import storage
 from ._arrow import ArrowShard
 from ._npy import NpyShard
 from ._raw import Layout
+from ._remote import AnyPath, RemotePath, read_into, state_of
 from ._safetensors import SafetensorsShard
-from .formats import open_shard
+from .formats import Shard, open_shards
 
 _MAX_OPEN_FILES = 256
 
@@ -43,15 +43,15 @@ class RandomRows:
         If a file is damaged, differs from the first, or its rows do not lie in it as in memory.
     """
 
-    def __init__(self, paths: list[Path], column: str | None = None) -> None:
+    def __init__(self, paths: list[AnyPath], column: str | None = None) -> None:
         self.paths = paths
         self._states = [state_of(path) for path in paths]
         self.dim, self.dtype = 0, ""
         files: list[int] = []
         offsets: list[int] = []
         counts: list[int] = []
-        for number, path in enumerate(paths):
-            for layout in _layouts(path, column):
+        for number, (path, shard) in enumerate(zip(paths, open_shards(paths, column), strict=True)):
+            for layout in _layouts(shard):
                 if self.dim == 0:
                     self.dim, self.dtype = layout.dim, layout.dtype
                 elif (layout.dim, layout.dtype) != (self.dim, self.dtype):
@@ -70,10 +70,12 @@ class RandomRows:
         self._starts: NDArray[np.int64] = self._ends - np.array(counts, np.int64)
         self.num_rows = int(self._ends[-1])
         self.row_bytes = self.dim * storage(self.dtype).itemsize
+        self._remote = any(isinstance(path, RemotePath) for path in paths)
         self._open: OrderedDict[int, int] = OrderedDict()
+        self._checked: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
+        return {**self.__dict__, "_open": OrderedDict(), "_checked": set()}
 
     def __del__(self) -> None:
         for fd in getattr(self, "_open", {}).values():
@@ -100,12 +102,20 @@ class RandomRows:
             If there is no such row.
         ValueError
             If a file has changed since this was made.
+        OSError
+            If a store refuses, or still fails after some tries.
         """
         wrong = numbers[(numbers < 0) | (numbers >= self.num_rows)]
         if len(wrong):
             raise IndexError(f"row {wrong[0]} of {self.num_rows} rows")
         if len(numbers) == 1:  # without all that follows, in a third of its time
             self.read_range(int(numbers[0]), out)
+            return
+        if self._remote:
+            begins = np.flatnonzero(np.append(True, np.diff(numbers) != 1))
+            ends = np.append(begins[1:], len(numbers))
+            ranges = [(int(numbers[begin]), out[begin:end]) for begin, end in zip(begins, ends, strict=True)]
+            self.read_ranges(ranges, num_threads)
             return
         pieces = np.searchsorted(self._ends, numbers, side="right")
         offsets = self._offsets[pieces] + (numbers - self._starts[pieces]) * self.row_bytes
@@ -135,15 +145,31 @@ class RandomRows:
 
     def read_range(self, start: int, out: NDArray[Any], num_threads: int = 1) -> None:
         """Copy the rows from number `start` on into `out` `(n, dim)`, as `read`."""
-        done = 0
-        while done < len(out):
-            piece = int(np.searchsorted(self._ends, start + done, side="right"))
-            part = out[done : int(self._ends[piece]) - start]
-            offset = int(self._offsets[piece]) + (start + done - int(self._starts[piece])) * self.row_bytes
-            file = int(self._files[piece])
-            if _C.read_file(self._fd(file), part, offset, num_threads) < part.nbytes:
-                raise ValueError(f"{self.paths[file]} was truncated while it was read")
-            done += len(part)
+        self.read_ranges([(start, out)], num_threads)
+
+    def read_ranges(self, ranges: list[tuple[int, NDArray[Any]]], num_threads: int = 1) -> None:
+        """Copy the rows from each number on into its array `(n, dim)`, as `read`; from a store, many at once."""
+        requests = []
+        for start, out in ranges:
+            done = 0
+            while done < len(out):
+                piece = int(np.searchsorted(self._ends, start + done, side="right"))
+                part = out[done : int(self._ends[piece]) - start]
+                offset = int(self._offsets[piece]) + (start + done - int(self._starts[piece])) * self.row_bytes
+                file = int(self._files[piece])
+                path = self.paths[file]
+                if isinstance(path, RemotePath):
+                    self._check_once(file, path)
+                    requests.append((path, offset, part.data.cast("B")))
+                elif _C.read_file(self._fd(file), part, offset, num_threads) < part.nbytes:
+                    raise ValueError(f"{path} was truncated while it was read")
+                done += len(part)
+        read_into(requests)
+
+    def _check_once(self, file: int, path: RemotePath) -> None:
+        if file not in self._checked:
+            path.check()
+            self._checked.add(file)
 
     def _fd(self, file: int) -> int:
         fd = self._open.get(file)
@@ -152,7 +178,7 @@ class RandomRows:
             return fd
         while len(self._open) >= _MAX_OPEN_FILES:
             os.close(self._open.popitem(last=False)[1])
-        fd = os.open(self.paths[file], os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(str(self.paths[file]), os.O_RDONLY | os.O_CLOEXEC)
         status = os.fstat(fd)
         if [status.st_size, status.st_mtime_ns] != self._states[file]:
             os.close(fd)
@@ -161,14 +187,7 @@ class RandomRows:
         return fd
 
 
-def state_of(path: Path) -> list[int]:
-    """Return what changes when a file does: its size and time of change."""
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
-
-
-def _layouts(path: Path, column: str | None) -> list[Layout]:
-    shard = open_shard(path, column)
+def _layouts(shard: Shard) -> list[Layout]:
     if isinstance(shard, NpyShard | SafetensorsShard):
         layouts = [shard.layout]
     elif isinstance(shard, ArrowShard):
@@ -177,7 +196,7 @@ def _layouts(path: Path, column: str | None) -> list[Layout]:
         layouts = []
     if not layouts or any(layout.swapped or layout.fortran for layout in layouts):
         raise ValueError(
-            f"{path}: its rows do not lie in it as in memory: make npy, safetensors or arrow files of them first, "
-            "realign convert"
+            f"{shard.path}: its rows do not lie in it as in memory: make npy, safetensors or arrow files of them "
+            "first, realign convert"
         )
     return layouts

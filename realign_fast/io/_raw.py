@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import _C
 from .._dtypes import Rows, storage
+from ._remote import AnyPath, FetchAhead, RemotePath
 
 _PAGE = 4096
 _AHEAD_BYTES = 16 << 20
@@ -35,14 +38,20 @@ class Blocks:
     """A ring of `count` reused blocks of memory, about `num_bytes` each, touched only when used.
 
     Files are read into them with `num_threads` threads: one alone copies from the page cache slower than memory can.
+    What remote files hold comes through `ahead`.
     """
 
-    def __init__(self, num_bytes: int, count: int, num_threads: int = 1) -> None:
+    def __init__(self, num_bytes: int, count: int, num_threads: int = 1, ahead: FetchAhead | None = None) -> None:
         self.num_bytes = num_bytes
         self.count = count
         self.num_threads = num_threads
+        self._ahead = ahead or FetchAhead(())
         self._blocks: list[NDArray[np.uint8]] = [np.empty(0, np.uint8)] * count
         self._next = 0
+
+    def open(self, path: RemotePath) -> AbstractContextManager[io.RawIOBase]:
+        """Open a remote file for a reading of its rows; see `FetchAhead.open`."""
+        return self._ahead.open(path)
 
     def num_rows(self, row_bytes: int) -> int:
         """Return how many rows of `row_bytes` a block takes, at least one."""
@@ -69,45 +78,88 @@ class Layout(NamedTuple):
     swapped: bool = False
     fortran: bool = False
 
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """The bytes that they take, begin and end."""
+        size = self.num_rows * self.dim * storage(self.dtype).itemsize
+        return [(self.offset, self.offset + size)]
 
-def check_shape(path: Path, num_rows: int, dim: int) -> None:
+
+def check_shape(path: AnyPath, num_rows: int, dim: int) -> None:
     """Raise ValueError for a shape that no file of embeddings has."""
     if not 0 <= num_rows <= _MAX_ROWS or not 1 <= dim <= MAX_DIM:
         raise ValueError(f"{path}: expected rows of dimension 1 to {MAX_DIM}, got shape ({num_rows}, {dim})")
 
 
-def read_layout(path: Path, layout: Layout, blocks: Blocks) -> Generator[Chunk, None, None]:
+class _Reader(Protocol):
+    """Reads an open file: `fill` from an offset, having been told by `expect` what will be read."""
+
+    def expect(self, begin: int, size: int) -> None: ...
+    def fill(self, values: NDArray[Any], offset: int, num_threads: int) -> None: ...
+
+
+class _LocalReader:
+    def __init__(self, path: Path, fd: int) -> None:
+        self._path, self._fd = path, fd
+
+    def expect(self, begin: int, size: int) -> None:
+        os.posix_fadvise(self._fd, begin, size, os.POSIX_FADV_WILLNEED)
+
+    def fill(self, values: NDArray[Any], offset: int, num_threads: int) -> None:
+        if _C.read_file(self._fd, values, offset, num_threads) < values.nbytes:
+            raise ValueError(
+                f"{self._path} was truncated while it was read: expected bytes up to {offset + values.nbytes}"
+            )
+
+
+class _RemoteReader:
+    def __init__(self, file: io.RawIOBase) -> None:
+        self._file = file
+
+    def expect(self, begin: int, size: int) -> None:
+        pass  # what reads ahead has a plan of its own
+
+    def fill(self, values: NDArray[Any], offset: int, num_threads: int) -> None:
+        self._file.seek(offset)
+        self._file.readinto(values.data.cast("B"))
+
+
+@contextmanager
+def _open(path: AnyPath, blocks: Blocks, *, in_order: bool) -> Iterator[_Reader]:
+    if isinstance(path, RemotePath):
+        with blocks.open(path) as remote:
+            yield _RemoteReader(remote)
+        return
+    with path.open("rb", buffering=0) as file:
+        if in_order:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        yield _LocalReader(path, file.fileno())
+
+
+def read_layout(path: AnyPath, layout: Layout, blocks: Blocks) -> Generator[Chunk, None, None]:
     """Read the rows block after block."""
     dtype = storage(layout.dtype)
-    step = blocks.num_rows(layout.dim * dtype.itemsize)
-    with path.open("rb", buffering=0) as file:
-        fd, row_bytes = file.fileno(), layout.dim * dtype.itemsize
+    row_bytes = layout.dim * dtype.itemsize
+    step = blocks.num_rows(row_bytes)
+    with _open(path, blocks, in_order=not layout.fortran) as reader:
         if not layout.fortran:
-            os.posix_fadvise(fd, layout.offset, 0, os.POSIX_FADV_SEQUENTIAL)
-            os.posix_fadvise(fd, layout.offset, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+            reader.expect(layout.offset, _AHEAD_BYTES)
         for start in range(0, layout.num_rows, step):
-            if not layout.fortran:  # the disk reads on while this block is at work
-                ahead = layout.offset + start * row_bytes + _AHEAD_BYTES
-                os.posix_fadvise(fd, ahead, step * row_bytes, os.POSIX_FADV_WILLNEED)
             values = blocks.take(min(step, layout.num_rows - start), layout.dim, dtype)
             if layout.fortran:
-                _read_columns(path, fd, layout, start, values)
+                _read_columns(reader, layout, start, values)
             else:
-                _read_into(path, fd, layout.offset + start * row_bytes, values, blocks.num_threads)
+                begin = layout.offset + start * row_bytes
+                reader.expect(begin + _AHEAD_BYTES, step * row_bytes)  # the disk reads on while this block is at work
+                reader.fill(values, begin, blocks.num_threads)
             if layout.swapped:
                 values.byteswap(inplace=True)
             yield Chunk(Rows(values, layout.dtype), start)
 
 
-def _read_columns(path: Path, fd: int, layout: Layout, start: int, values: NDArray[Any]) -> None:
+def _read_columns(reader: _Reader, layout: Layout, start: int, values: NDArray[Any]) -> None:
     columns = np.empty((layout.dim, len(values)), values.dtype)
     for index in range(layout.dim):
         offset = layout.offset + (index * layout.num_rows + start) * values.itemsize
-        _read_into(path, fd, offset, columns[index], 1)
+        reader.fill(columns[index], offset, 1)
     values[...] = columns.T
-
-
-def _read_into(path: Path, fd: int, offset: int, values: NDArray[Any], num_threads: int) -> None:
-    """Fill contiguous `values` from `offset`; ValueError where the file ends before."""
-    if _C.read_file(fd, values, offset, num_threads) < values.nbytes:
-        raise ValueError(f"{path} was truncated while it was read: expected bytes up to {offset + values.nbytes}")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from .._dtypes import storage
 from .._rows import dtype_name
 from ._raw import Blocks, Chunk, Layout, check_shape, read_layout
+from ._remote import AnyPath, size_of
 
 DTYPE_CODES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 _NAMES = {code: name for name, code in DTYPE_CODES.items()}
@@ -36,7 +35,7 @@ class SafetensorsShard:
 
     decoded = False
 
-    def __init__(self, path: Path, column: str | None) -> None:
+    def __init__(self, path: AnyPath, column: str | None) -> None:
         self.path = path
         self.tensors, self.metadata, self.data_start = parse(path)
         self.column = self._choose(column)
@@ -52,6 +51,7 @@ class SafetensorsShard:
             )
         offset = self.data_start + tensor.begin
         self.layout = Layout(offset, self.num_rows, self.dim, dtype, swapped=sys.byteorder == "big")
+        self.ranges = self.layout.ranges
 
     def chunks(self, blocks: Blocks, *, columns: bool = False) -> Generator[Chunk, None, None]:
         """Read the rows; other tensors are no columns."""
@@ -81,7 +81,7 @@ class SafetensorsShard:
         return column
 
 
-def parse(path: Path) -> tuple[dict[str, Tensor], dict[str, str], int]:
+def parse(path: AnyPath) -> tuple[dict[str, Tensor], dict[str, str], int]:
     def damaged(what: str) -> NoReturn:
         raise ValueError(f"{path}: the safetensors header is damaged: {what}")
 
@@ -90,8 +90,8 @@ def parse(path: Path) -> tuple[dict[str, Tensor], dict[str, str], int]:
             raise ValueError("a name occurs twice")
         return dict(pairs)
 
+    size = size_of(path)
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
             damaged(f"it claims {length} bytes, the file has {size}, at most {_MAX_HEADER_BYTES} are allowed")

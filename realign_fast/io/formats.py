@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from tempfile import TemporaryDirectory
+from typing import Protocol, runtime_checkable
 
 from ._raw import Blocks, Chunk
+from ._remote import AT_ONCE, AnyPath, RemotePath, copy_to, naming
 
 FORMATS = {
     ".npy": "npy",
@@ -23,7 +27,7 @@ class Shard(Protocol):
 
     Attributes
     ----------
-    path : Path
+    path : Path or RemotePath
     num_rows : int or None
         None where only reading tells (pickles).
     dim : int
@@ -31,11 +35,11 @@ class Shard(Protocol):
     dtype : str
         One of `DTYPES`, empty where not known.
     decoded : bool
-        Whether reading takes computing, not only copying: then it pays to work ahead.
+        Whether reading takes computing or waiting, not only copying: then it pays to work ahead.
     """
 
     @property
-    def path(self) -> Path: ...  # noqa: D102
+    def path(self) -> AnyPath: ...  # noqa: D102
     @property
     def num_rows(self) -> int | None: ...  # noqa: D102
     @property
@@ -44,24 +48,62 @@ class Shard(Protocol):
     def dtype(self) -> str: ...  # noqa: D102
     @property
     def decoded(self) -> bool: ...  # noqa: D102
-
     def chunks(self, blocks: Blocks, *, columns: bool = False) -> Generator[Chunk, None, None]:
         """Read the rows in order, into `blocks` or as views of memory of their own; with other columns if asked."""
         ...
 
 
-def format_of(path: Path) -> str | None:
+@runtime_checkable
+class RangedShard(Shard, Protocol):
+    """A file that can be remote.
+
+    Attributes
+    ----------
+    ranges : list of (int, int)
+        Which bytes `chunks` reads without other columns, in order: begin and end.
+    """
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]: ...  # noqa: D102
+
+
+class CopiedShard:
+    """One remote file of a format that is read as a whole: from a local copy, which lasts as long as the reading."""
+
+    num_rows = None
+    dim = 0
+    dtype = ""
+    decoded = True
+
+    def __init__(self, path: RemotePath, column: str | None) -> None:
+        self.path = path
+        self._column = column
+        self.ranges = [(0, path.size)]
+
+    def chunks(self, blocks: Blocks, *, columns: bool = False) -> Generator[Chunk, None, None]:
+        """Copy the file and read the copy."""
+        with TemporaryDirectory(prefix="realign-") as folder:
+            copy = Path(folder, self.path.name)
+            with blocks.open(self.path) as remote:
+                copy_to(remote, self.path, copy)
+            try:
+                yield from open_shard(copy, self._column).chunks(blocks, columns=columns)
+            except ValueError as error:
+                raise naming(error, self.path, copy) from error.__cause__
+
+
+def format_of(path: AnyPath) -> str | None:
     """Return the format that the suffix of `path` stands for, None for a suffix of something else."""
     return FORMATS.get(path.suffix.lower())
 
 
-def open_shard(path: Path, column: str | None = None) -> Shard:
+def open_shard(path: AnyPath, column: str | None = None) -> Shard:
     """Open a file of embeddings and check its header.
 
     Parameters
     ----------
     path
-        A `.npy`, `.safetensors`, `.parquet`, `.arrow` or `.pkl` file.
+        A `.npy`, `.safetensors`, `.parquet`, `.arrow` or `.pkl` file, here or in a store.
     column
         The column, tensor or key of the embeddings; by default "embedding", in pickles also "embed", in safetensors
         also the only 2-D float tensor.
@@ -79,7 +121,8 @@ def open_shard(path: Path, column: str | None = None) -> Shard:
         case "npy":
             from ._npy import NpyShard
 
-            return NpyShard(path)
+            shard = NpyShard(path)
+            return CopiedShard(path, column) if isinstance(path, RemotePath) and shard.layout.fortran else shard
         case "safetensors":
             from ._safetensors import SafetensorsShard
 
@@ -88,13 +131,31 @@ def open_shard(path: Path, column: str | None = None) -> Shard:
             from ._arrow import ParquetShard
 
             return ParquetShard(path, column)
-        case "arrow":
+        case "arrow" | "pickle" if isinstance(path, RemotePath):
+            return CopiedShard(path, column)
+        case "arrow" if isinstance(path, Path):
             from ._arrow import ArrowShard
 
             return ArrowShard(path, column)
-        case "pickle":
+        case "pickle" if isinstance(path, Path):
             from ._pickles import PickleShard
 
             return PickleShard(path, column)
         case _:
             raise ValueError(f"{path}: the suffix {path.suffix!r} is unknown, expected one of {', '.join(FORMATS)}")
+
+
+def open_shards(paths: list[AnyPath], column: str | None = None) -> list[Shard]:
+    """Open files as `open_shard`; remote ones many at once, since each header is waited for."""
+    if not any(isinstance(path, RemotePath) for path in paths):
+        return [open_shard(path, column) for path in paths]
+    with ThreadPoolExecutor(AT_ONCE, "realign-open") as pool:
+        return list(pool.map(partial(open_shard, column=column), paths))
+
+
+def plan(shards: Iterable[Shard]) -> Iterator[tuple[RemotePath, int, int]]:
+    """Yield which bytes of remote files will be read, in order, where the rows of all are."""
+    for shard in shards:
+        if isinstance(shard, RangedShard) and isinstance(shard.path, RemotePath):
+            for begin, end in shard.ranges:
+                yield shard.path, begin, end

@@ -8,7 +8,8 @@ import math
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,8 @@ from ..backends import count_threads
 from ._fingerprint import combined, fingerprint
 from ._prefetch import prefetch
 from ._raw import Blocks
-from .formats import FORMATS, format_of, open_shard
+from ._remote import AnyPath, FetchAhead, RemotePath, is_url, list_files, size_of
+from .formats import FORMATS, format_of, open_shards, plan
 
 # Small enough that a kernel finds in the last-level cache what the reader has just copied there, even where three
 # blocks are in flight; large enough to be worth several threads.
@@ -291,23 +293,24 @@ def _on(device: Any) -> str:
 
 
 class _FileSource(Source):
-    def __init__(self, paths: list[Path], name: str, column: str | None, batch_bytes: int, num_threads: int) -> None:
+    def __init__(self, paths: list[AnyPath], name: str, column: str | None, batch_bytes: int, num_threads: int) -> None:
         self.name = name
         self._paths = paths
-        self._shards = [open_shard(path, column) for path in paths]
+        self._shards = open_shards(paths, column)
         self._batch_bytes = batch_bytes
         self._num_threads = num_threads
         self.num_rows = _sum_of(shard.num_rows for shard in self._shards)
-        self.dim, self.dtype, self._first = 0, "", paths[0]
+        self.dim, self.dtype = 0, ""
+        self._first: AnyPath | str = paths[0]
         for shard in self._shards:
             self._check(shard.path, shard.dim, shard.dtype)
         if self.dim == 0:
             for batch in self.batches(limit=1):
-                self._check(Path(batch.origin), batch.rows.values.shape[1], batch.rows.dtype)
+                self._check(batch.origin, batch.rows.values.shape[1], batch.rows.dtype)
         if self.dim == 0:
             raise ValueError(f"{name}: {paths[0]}{' and the other files' if len(paths) > 1 else ''} hold no rows")
 
-    def _check(self, path: Path, dim: int, dtype: str) -> None:
+    def _check(self, path: AnyPath | str, dim: int, dtype: str) -> None:
         if dim == 0:
             return
         if self.dim == 0:
@@ -319,26 +322,28 @@ class _FileSource(Source):
 
     def batches(self, limit: int | None = None) -> Iterator[Batch]:
         # Rows that lie as they are used are read by all threads at once, while the system fetches on from the disk.
-        # Those that must be decoded come from a thread that works ahead.
-        decoded = any(shard.decoded for shard in self._shards)
-        depth = _DEPTH if decoded else 1
-        batches = self._batches(limit, Blocks(self._batch_bytes, depth, self._num_threads))
-        return prefetch(batches, depth) if decoded else batches
+        # Those that must be decoded or fetched come from a thread that works ahead.
+        works_ahead = any(shard.decoded or isinstance(shard.path, RemotePath) for shard in self._shards)
+        depth = _DEPTH if works_ahead else 1
+        batches = self._batches(limit, depth)
+        return prefetch(batches, depth) if works_ahead else batches
 
-    def _batches(self, limit: int | None, blocks: Blocks) -> Generator[Batch, None, None]:
+    def _batches(self, limit: int | None, depth: int) -> Generator[Batch, None, None]:
         total = 0
-        for shard in self._shards:
-            for chunk in shard.chunks(blocks):
-                rows = _first(chunk.rows, limit, total)
-                if not len(rows.values):
-                    return
-                self._check(shard.path, rows.values.shape[1], rows.dtype)
-                total += len(rows.values)
-                yield Batch(rows, str(shard.path), chunk.start)
+        with closing(FetchAhead(plan(self._shards))) as ahead:
+            blocks = Blocks(self._batch_bytes, depth, self._num_threads, ahead)
+            for shard in self._shards:
+                for chunk in shard.chunks(blocks):
+                    rows = _first(chunk.rows, limit, total)
+                    if not len(rows.values):
+                        return
+                    self._check(shard.path, rows.values.shape[1], rows.dtype)
+                    total += len(rows.values)
+                    yield Batch(rows, str(shard.path), chunk.start)
 
     def share(self, ranks: Ranks) -> Source:
         mine = copy.copy(self)
-        mine._shards = [self._shards[i] for i in ranks.share([path.stat().st_size for path in self._paths])]
+        mine._shards = [self._shards[i] for i in ranks.share([size_of(path) for path in self._paths])]
         mine.num_rows = _sum_of(shard.num_rows for shard in mine._shards)
         return mine
 
@@ -350,9 +355,9 @@ def _first(rows: Rows, limit: int | None, done: int) -> Rows:
     return rows if limit is None else Rows(rows.values[: max(0, limit - done)], rows.dtype)
 
 
-def count_rows(paths: list[Path], column: str | None = None) -> int | None:
+def count_rows(paths: list[AnyPath], column: str | None = None) -> int | None:
     """Return how many rows the headers of `paths` state; None where only reading a file tells."""
-    return _sum_of(open_shard(path, column).num_rows for path in paths)
+    return _sum_of(shard.num_rows for shard in open_shards(paths, column))
 
 
 def _sum_of(counts: Iterable[int | None]) -> int | None:
@@ -364,8 +369,8 @@ def _sum_of(counts: Iterable[int | None]) -> int | None:
     return total
 
 
-def file_paths(data: Any) -> list[Path]:
-    """Return the files that a path, a glob, a directory or a list of such stands for.
+def file_paths(data: Any) -> list[AnyPath]:
+    """Return the files that a path, a glob, a directory, a URL of such or a list of these stands for.
 
     The contents of a directory and the matches of a glob come in natural order (`a_2` before `a_10`), without hidden
     files, manifests and, where some have a known suffix, files without.
@@ -374,32 +379,41 @@ def file_paths(data: Any) -> list[Path]:
     ------
     FileNotFoundError
         If a path is missing, a directory is empty, or a glob matches nothing.
+    ImportError
+        If what reads a URL is not installed.
+    OSError
+        If a store refuses, or still fails after some tries.
     ValueError
-        If a path is a URL, or a directory holds only files of unknown suffix.
+        If a directory holds only files of unknown suffix.
     """
     if isinstance(data, list | tuple):
         return [path for item in data for path in file_paths(item)]
     text = os.fspath(data)
     if not isinstance(text, str):
         raise TypeError(f"a path must be text, got {text!r}")
-    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", text):
-        raise ValueError(f"{text}: remote stores are not read by this version: copy the files to a local folder first")
-    path = Path(text)
+    if is_url(text) and not text.startswith("file://"):
+        remote = list_files(text)
+        return [*remote] if [str(path) for path in remote] == [text] else _shards_among(remote, text)
+    path = Path(text.removeprefix("file://"))
     if path.is_dir():
-        return _shards_among(path.iterdir(), path)
+        return _shards_among(_files_among(path.iterdir()), path)
     if path.exists():
         return [path]
-    if glob.has_magic(text):
-        return _shards_among(map(Path, glob.iglob(text, recursive=True)), path)
+    if glob.has_magic(str(path)):
+        return _shards_among(_files_among(map(Path, glob.iglob(str(path), recursive=True))), path)
     raise FileNotFoundError(f"{text} does not exist")
 
 
-def _shards_among(candidates: Iterable[Path], where: Path) -> list[Path]:
-    files = [path for path in candidates if not path.name.startswith(".") and path.name != MANIFEST and path.is_file()]
+def _files_among(paths: Iterable[Path]) -> list[Path]:
+    return [path for path in paths if path.is_file()]
+
+
+def _shards_among(candidates: Sequence[AnyPath], where: object) -> list[AnyPath]:
+    files = [path for path in candidates if not path.name.startswith(".") and path.name != MANIFEST]
     if not files:
         raise FileNotFoundError(f"{where} holds or matches no files")
-    names = {path.parent / path.stem for path in files}
-    known = [path for path in files if format_of(path) and not _is_sidecar(path, names)]
+    stems = {(str(path.parent), path.stem) for path in files}
+    known = [path for path in files if format_of(path) and not _is_sidecar(path, stems)]
     if not known:
         raise ValueError(
             f"{where} holds no file of a known suffix ({', '.join(FORMATS)}), for instance {files[0].name}"
@@ -407,10 +421,10 @@ def _shards_among(candidates: Iterable[Path], where: Path) -> list[Path]:
     return sorted(known, key=_natural)
 
 
-def _is_sidecar(path: Path, stems: set[Path]) -> bool:
-    return path.stem.endswith(SIDECAR) and path.parent / path.stem.removesuffix(SIDECAR) in stems
+def _is_sidecar(path: AnyPath, stems: set[tuple[str, str]]) -> bool:
+    return path.stem.endswith(SIDECAR) and (str(path.parent), path.stem.removesuffix(SIDECAR)) in stems
 
 
-def _natural(path: Path) -> tuple[list[tuple[int, int | str]], str]:
+def _natural(path: AnyPath) -> tuple[list[tuple[int, int | str]], str]:
     parts = re.split(r"([0-9]+)", str(path))
     return [(0, int(part)) if i % 2 else (1, part) for i, part in enumerate(parts)], str(path)

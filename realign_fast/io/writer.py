@@ -9,8 +9,9 @@ import shutil
 import stat
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from ._manifest import Entry, Journal, Manifest, Start
 from ._pickles import PickleShard
 from ._prefetch import prefetch
 from ._raw import Blocks, Chunk
+from ._remote import AnyPath, FetchAhead, RemotePath, copy_to, naming, size_of
 from ._sink import Sink
 from .formats import FORMATS, Shard, format_of, open_shard
 from .sources import BATCH_BYTES, MANIFEST, SIDECAR, file_paths
@@ -46,7 +48,7 @@ _SUFFIXES = {"npy": ".npy", "safetensors": ".safetensors", "parquet": ".parquet"
 
 
 def rewrite(
-    paths: list[Path],
+    paths: list[AnyPath],
     out_dir: str | os.PathLike[str],
     *,
     transform: Transform,
@@ -138,7 +140,7 @@ def rewrite(
         progress(sum(entry["rows"] for entry in finished.values()))
     try:
         left = [target for target in targets if target.source.name not in finished]
-        mine = [left[i] for i in ranks.share([target.source.stat().st_size for target in left])]
+        mine = [left[i] for i in ranks.share([size_of(target.source) for target in left])]
         first = open_shard(left[0].source, column) if left else None
         run = _Run(mine, transform, column, id_column, dtype, journal, progress, first)
         run.do(count_threads(num_threads))
@@ -201,7 +203,7 @@ def _copy(rows: Rows, out: Rows, num_threads: int, number: int) -> tuple[int, in
 
 
 class _Target(NamedTuple):
-    source: Path
+    source: AnyPath
     format: str
     path: Path
     sidecar: Path
@@ -212,13 +214,13 @@ class _Target(NamedTuple):
         return self.path.name, self.sidecar.name
 
 
-def _plan(paths: list[Path], folder: Path, wanted: str) -> list[_Target]:
+def _plan(paths: list[AnyPath], folder: Path, wanted: str) -> list[_Target]:
     """Return what becomes of each input; refuse folders that overlap and names that meet."""
     resolved = folder.resolve()
     targets = []
-    taken: dict[str, Path] = {}
+    taken: dict[str, AnyPath] = {}
     for number, path in enumerate(paths):
-        for parent in {path.parent.resolve(), path.resolve().parent}:
+        for parent in {path.parent.resolve(), path.resolve().parent} if isinstance(path, Path) else ():
             if resolved == parent or resolved in parent.parents:
                 raise ValueError(
                     f"{folder} is the folder of the input {path} or lies above it: choose another output folder"
@@ -307,9 +309,10 @@ def _check_space(folder: Path, targets: list[_Target], column: str | None, dtype
         if shard.dtype == "bfloat16" and targets[0].format != "safetensors"
         else old
     )
-    sizes = [target.source.stat().st_size * new // old for target in targets]
+    sizes = [size_of(target.source) * new // old for target in targets]
     replaced = sum(target.path.stat().st_size for target in targets if target.path.is_file())
     needed = sum(sizes) if not replaced else max(0, sum(sizes) - replaced) + max(sizes)
+    needed += max((target.source.size for target in targets if isinstance(target.source, RemotePath)), default=0)
     place = folder.absolute()
     while not place.exists():
         place = place.parent
@@ -390,7 +393,10 @@ class _Run:
         self.column, self.id_column = column, id_column
         self._dtype = dtype
         self._targets = targets
-        self._next = iter(enumerate(targets))
+        self._copies: dict[int, Path] = {}
+        self._next = self._inputs()
+        if any(isinstance(target.source, RemotePath) for target in targets):
+            self._next = prefetch(self._next, 2)
         self._journal = journal
         self._progress = progress
         self._lock = Lock()
@@ -414,17 +420,36 @@ class _Run:
             if self._errors:
                 raise self._errors[min(self._errors)]
         finally:
+            self._next.close()
             for unfinished in self._unfinished:
                 unfinished.discard()
+            for copy in self._copies.values():
+                copy.unlink(missing_ok=True)
 
-    def next_file(self) -> tuple[int, _Target] | None:
-        """Return a file nobody works at, and its number."""
+    def _inputs(self) -> Generator[tuple[int, _Target, Path], None, None]:
+        """Yield each file, its number, and where it can be read: a remote one in a copy, made one ahead."""
+        remote = [target.source for target in self._targets if isinstance(target.source, RemotePath)]
+        with closing(FetchAhead((path, 0, path.size) for path in remote)) as ahead:
+            for index, target in enumerate(self._targets):
+                path = target.source
+                if isinstance(path, RemotePath):
+                    copy = self._copies[index] = target.path.parent / _manifest.copy_name(path.name)
+                    with ahead.open(path) as file:
+                        copy_to(file, path, copy)
+                    path = copy
+                yield index, target, path
+
+    def next_file(self) -> tuple[int, _Target, Path] | None:
+        """Return a file nobody works at, its number, and where it can be read."""
         with self._lock:
             return None if self._errors else next(self._next, None)
 
     def fail(self, index: int, error: BaseException) -> None:
         """Keep the error of file `index`; files before it are finished, those after it given up."""
         with self._lock:
+            source, copy = self._targets[index].source, self._copies.get(index)
+            if isinstance(source, RemotePath) and copy and isinstance(error, Exception):
+                error = naming(error, source, copy)
             self._errors[index] = error
 
     def given_up(self, index: int) -> bool:
@@ -473,11 +498,14 @@ class _Run:
             )
         return first
 
-    def finish(self, output: _Output, closed: Future[bool]) -> None:
+    def finish(self, index: int, output: _Output, closed: Future[bool]) -> None:
         """Put a file in its place; called in the thread that syncs."""
         if closed.result():
             self._journal.add(output.finish())
             self._unfinished.remove(output)
+        copy = self._copies.pop(index, None)
+        if copy is not None:
+            copy.unlink(missing_ok=True)
 
 
 class _Lane:
@@ -499,15 +527,15 @@ class _Lane:
         try:
             with ThreadPoolExecutor(1, "realign-write") as writer:
                 while (found := self._run.next_file()) is not None:
-                    index, target = found
-                    self._rewrite(index, target, writer)
+                    index = found[0]
+                    self._rewrite(*found, writer)
                 for pending in (*self._writes, *self._syncs):
                     pending.result()
         except BaseException as error:
             self._run.fail(index, error)
 
-    def _rewrite(self, index: int, target: _Target, writer: ThreadPoolExecutor) -> None:
-        shard = open_shard(target.source, self._run.column)
+    def _rewrite(self, index: int, target: _Target, path: Path, writer: ThreadPoolExecutor) -> None:
+        shard = open_shard(path, self._run.column)
         if isinstance(shard, PickleShard):
             shard = shard.load()
         output = self._run.begin(target, shard)
@@ -519,7 +547,7 @@ class _Lane:
             self._map(output, chunk, writer)
         if output.rows_done != output.num_rows:
             raise ValueError(f"{target.source}: expected {output.num_rows} rows, found {output.rows_done}")
-        self._syncs.append(self._syncer.submit(self._run.finish, output, writer.submit(output.close)))
+        self._syncs.append(self._syncer.submit(self._run.finish, index, output, writer.submit(output.close)))
         if len(self._syncs) > _MAX_UNSYNCED_FILES:
             self._syncs.popleft().result()
 
