@@ -11,6 +11,7 @@
 #include "covariance.h"
 #include "dispatch.h"
 #include "file_read.h"
+#include "file_transform.h"
 #include "ids.h"
 #include "moments.h"
 #include "pickle_scan.h"
@@ -348,17 +349,23 @@ void py_stream_copy(const py::object& source, const py::object& target, bool non
   });
 }
 
-int64_t py_read_file(int fd, const py::object& buffer, int64_t offset, int num_threads) {
-  const Bytes bytes(buffer, "buffer", true);
-  const int threads = threads_of(num_threads);
+// Calls read() without the interpreter's lock; what the system refuses becomes an OSError.
+template <typename Read>
+auto reading(const Read& read) {
   try {
     py::gil_scoped_release release;
-    return read_file(fd, bytes.data(), bytes.size(), offset, threads);
+    return read();
   } catch (const std::system_error& error) {
     errno = error.code().value();
     PyErr_SetFromErrno(PyExc_OSError);
     throw py::error_already_set();
   }
+}
+
+int64_t py_read_file(int fd, const py::object& buffer, int64_t offset, int num_threads) {
+  const Bytes bytes(buffer, "buffer", true);
+  const int threads = threads_of(num_threads);
+  return reading([&] { return read_file(fd, bytes.data(), bytes.size(), offset, threads); });
 }
 
 int64_t py_read_rows(const py::array& fds, const py::array& offsets, const py::object& buffer, int64_t row_bytes,
@@ -371,14 +378,33 @@ int64_t py_read_rows(const py::array& fds, const py::array& offsets, const py::o
     throw py::value_error("buffer must hold " + std::to_string(num_rows) + " rows of " + std::to_string(row_bytes) +
                           " bytes, got " + std::to_string(bytes.size()) + " bytes");
   const int threads = threads_of(num_threads);
-  try {
-    py::gil_scoped_release release;
-    return read_rows(fd, offset, num_rows, row_bytes, bytes.data(), threads);
-  } catch (const std::system_error& error) {
-    errno = error.code().value();
-    PyErr_SetFromErrno(PyExc_OSError);
-    throw py::error_already_set();
-  }
+  return reading([&] { return read_rows(fd, offset, num_rows, row_bytes, bytes.data(), threads); });
+}
+
+py::tuple read_transform_into(const FileRows& files, const py::array& out_array, bool bfloat16, const RowMap& map,
+                              int num_threads) {
+  const Rows out = rows_of(out_array, bfloat16, "out");
+  if (!out_array.writeable()) throw py::value_error("out must be writeable");
+  if (out.range.num_rows > 1 && out.range.stride != out.range.dim * kItemsize[out.dtype])
+    throw py::value_error("out must be contiguous");
+  check_dim(map, out_array);
+  const int threads = threads_of(num_threads);
+  int64_t num_read = 0;
+  const BadRows bad = reading([&] { return read_transform(files, out, map, threads, &num_read); });
+  return py::make_tuple(num_read, bad.num_zero, bad.num_nonfinite, bad.first);
+}
+
+py::tuple py_read_file_transform(int fd, int64_t offset, const py::array& out, bool bfloat16, const RowMap& map,
+                                 int num_threads) {
+  return read_transform_into({nullptr, nullptr, fd, offset}, out, bfloat16, map, num_threads);
+}
+
+py::tuple py_read_rows_transform(const py::array& fds, const py::array& offsets, const py::array& out, bool bfloat16,
+                                 const RowMap& map, int num_threads) {
+  const int64_t num_rows = rows_of(out, bfloat16, "out").range.num_rows;
+  const int32_t* fd = vector_of<int32_t>(fds, num_rows, "fds", false);
+  const int64_t* offset = vector_of<int64_t>(offsets, num_rows, "offsets", false);
+  return read_transform_into({fd, offset, -1, 0}, out, bfloat16, map, num_threads);
 }
 
 Ids ids_of(const py::array& offsets, const Bytes& text) {
@@ -464,6 +490,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("read_file", &py_read_file, py::arg("fd"), py::arg("buffer"), py::arg("offset"), py::arg("num_threads"));
   m.def("read_rows", &py_read_rows, py::arg("fds"), py::arg("offsets"), py::arg("buffer"), py::arg("row_bytes"),
         py::arg("num_threads"));
+  m.def("read_file_transform", &py_read_file_transform, py::arg("fd"), py::arg("offset"), py::arg("out").noconvert(),
+        py::arg("bfloat16"), py::arg("row_map"), py::arg("num_threads"));
+  m.def("read_rows_transform", &py_read_rows_transform, py::arg("fds"), py::arg("offsets"), py::arg("out").noconvert(),
+        py::arg("bfloat16"), py::arg("row_map"), py::arg("num_threads"));
   m.def("hash_ids", &py_hash_ids, py::arg("offsets"), py::arg("text"), py::arg("hashes"));
   m.def("find_ids", &py_find_ids, py::arg("ids"), py::arg("hashes"), py::arg("rows"), py::arg("offsets"),
         py::arg("text"), py::arg("found"));

@@ -187,6 +187,24 @@ def read_rows(
     Returns the first row that its file has not all of, or their number.
     """
 
+def read_file_transform(
+    fd: int, offset: int, out: NDArray[Any], bfloat16: bool, row_map: RowMap, num_threads: int
+) -> tuple[int, int, int, int]:
+    """Fill `out` `(n, dim)` from byte `offset` of the file on, and map its rows in their place.
+
+    Returns the first row that the file has not all of, or their number, and what `row_transform` returns.
+    """
+
+def read_rows_transform(
+    fds: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    out: NDArray[Any],
+    bfloat16: bool,
+    row_map: RowMap,
+    num_threads: int,
+) -> tuple[int, int, int, int]:
+    """As `read_file_transform`, row `i` from `offsets[i]` of file `fds[i]` on."""
+
 def hash_ids(offsets: NDArray[np.int64], text: Bytes, hashes: NDArray[np.uint64]) -> None:
     """Write to `hashes` (n,) that of each id; id `i` is `text[offsets[i] : offsets[i + 1]]`, UTF-8."""
 
