@@ -28,7 +28,7 @@ from .alignment import Alignment
 from .backends import count_threads
 from .io._ids import Ids, open_ids
 from .io._prefetch import prefetch
-from .io._random import RandomRows
+from .io._random import BadRows, RandomRows
 from .io.sources import file_paths
 
 __all__ = ["EmbeddingDataset", "EmbeddingStream", "align", "align_collate"]
@@ -45,6 +45,8 @@ _LINE_BYTES = 64
 _STATE_VERSION = 1
 
 Sample = dict[str, Any]
+# Writes the rows from some place of a batch on into an array, with so many threads; mapped, where it is given a map.
+Fill = Callable[[int, NDArray[Any], int, _C.RowMap | None], BadRows]
 
 
 class _AlignedRows:
@@ -70,32 +72,30 @@ class _AlignedRows:
         if index is not None:
             self.ids = open_ids(Path(index), self.rows, id_column, None if ids is None else file_paths(ids))
 
-    def take(
-        self, numbers: NDArray[np.int64], fill: Callable[[int, NDArray[Any], int], object] | None, seed: int
-    ) -> torch.Tensor:
+    def take(self, numbers: NDArray[np.int64], fill: Fill | None, seed: int) -> torch.Tensor:
         """Return the rows with these numbers `(n,)` as a tensor `(n, dim)`; in a loader's worker, in shared memory.
 
-        `fill` writes those from some place on into an array; by default they are read. The seed is that of noise.
+        `fill` says how, by default by reading one after the other. The seed is that of noise.
         """
         out = self._memory.new((len(numbers), self.rows.dim), getattr(torch, self.rows.dtype))
         target, threads = host_values(out, self.rows.dtype), count_threads(None)
-        fill = fill or (lambda start, to, threads: self.rows.read(numbers[start : start + len(to)], to, threads))
+        fill = fill or (lambda start, to, *how: self.rows.read(numbers[start : start + len(to)], to, *how))
         if self._alignment is None:
-            fill(0, target, threads)
+            fill(0, target, threads, None)
             return out
         parameters = self._alignment.parameters
+        steps = Steps.of(parameters)
+        row_map = steps.table[0].row_map if steps.single and steps.table and not parameters.noise_std else None
         step = max(1, _PART_BYTES * threads // self.rows.row_bytes)
-        part = np.empty((min(step, len(numbers)), self.rows.dim), storage(self.rows.dtype))
         for start in range(0, len(numbers), step):
             to = target[start : start + step]
-            given = part[: len(to)]
-            fill(start, given, threads)
-            noise = Noise.of(parameters.noise_std, seed, numbers[start : start + len(to)], (len(to),))
-            rows = Rows(given, self.rows.dtype), Rows(to, self.rows.dtype)
-            num_zero, num_nonfinite, first = transform_rows(Steps.of(parameters, noise), *rows, threads)
-            if first >= 0:
-                where = self.rows.place(int(numbers[start + first]))
-                raise_if_bad((num_zero, num_nonfinite, first), "raise", f"the batch with {where}")
+            bad = fill(start, to, threads, row_map)
+            if row_map is None:
+                noise = Noise.of(parameters.noise_std, seed, numbers[start : start + len(to)], (len(to),))
+                rows = Rows(to, self.rows.dtype)
+                bad = transform_rows(Steps.of(parameters, noise), rows, rows, threads)
+            if bad[2] >= 0:
+                raise_if_bad(bad, "raise", f"the batch with {self.rows.place(int(numbers[start + bad[2]]))}")
         return out
 
     def ids_of(self, numbers: NDArray[np.int64]) -> NDArray[Any]:
@@ -396,11 +396,12 @@ class EmbeddingStream(IterableDataset[Sample]):
     def _take(
         self, numbers: NDArray[np.int64], chosen: NDArray[np.intp], buffer: NDArray[Any], seed: int
     ) -> torch.Tensor:
-        def from_buffer(start: int, to: NDArray[Any], threads: int) -> None:
+        def from_buffer(start: int, to: NDArray[Any], threads: int, row_map: _C.RowMap | None) -> BadRows:
             np.take(buffer, chosen[start : start + len(to)], axis=0, out=to, mode="clip")
+            return self._source.rows.map(to, row_map, threads)
 
-        def from_files(start: int, to: NDArray[Any], threads: int) -> None:
-            self._source.rows.read_range(int(numbers[start]), to, threads)
+        def from_files(start: int, to: NDArray[Any], *how: Any) -> BadRows:
+            return self._source.rows.read_range(int(numbers[start]), to, *how)
 
         return self._source.take(numbers, from_buffer if self.shuffle else from_files, seed)
 

@@ -24,6 +24,9 @@ from .formats import Shard, open_shards
 
 _MAX_OPEN_FILES = 256
 
+BadRows = tuple[int, int, int]
+NONE_BAD: BadRows = (0, 0, -1)
+
 
 class RandomRows:
     """`num_rows` rows of npy, safetensors and uncompressed arrow files, numbered through all of them in order.
@@ -70,6 +73,7 @@ class RandomRows:
         self._starts: NDArray[np.int64] = self._ends - np.array(counts, np.int64)
         self.num_rows = int(self._ends[-1])
         self.row_bytes = self.dim * storage(self.dtype).itemsize
+        self._bfloat16 = self.dtype == "bfloat16"
         self._remote = any(isinstance(path, RemotePath) for path in paths)
         self._open: OrderedDict[int, int] = OrderedDict()
         self._checked: set[int] = set()
@@ -93,8 +97,13 @@ class RandomRows:
         before = self._starts[np.searchsorted(self._files, file)]
         return f"{self.paths[file]} row {number - before}"
 
-    def read(self, numbers: NDArray[np.int64], out: NDArray[Any], num_threads: int = 1) -> None:
+    def read(
+        self, numbers: NDArray[np.int64], out: NDArray[Any], num_threads: int = 1, row_map: _C.RowMap | None = None
+    ) -> BadRows:
         """Copy the rows with these numbers `(n,)` into `out` `(n, dim)`, contiguous, in `storage(dtype)`.
+
+        With a `row_map` they are mapped while they are in the cache; what it returns are the bad rows among them, as
+        `_C.row_transform` says: how many are zero, how many are not finite, and the first.
 
         Raises
         ------
@@ -109,43 +118,71 @@ class RandomRows:
         if len(wrong):
             raise IndexError(f"row {wrong[0]} of {self.num_rows} rows")
         if len(numbers) == 1:  # without all that follows, in a third of its time
-            self.read_range(int(numbers[0]), out)
-            return
+            return self.read_range(int(numbers[0]), out, 1, row_map)
         if self._remote:
             begins = np.flatnonzero(np.append(True, np.diff(numbers) != 1))
             ends = np.append(begins[1:], len(numbers))
             ranges = [(int(numbers[begin]), out[begin:end]) for begin, end in zip(begins, ends, strict=True)]
             self.read_ranges(ranges, num_threads)
-            return
+            return self.map(out, row_map, num_threads)
         pieces = np.searchsorted(self._ends, numbers, side="right")
         offsets = self._offsets[pieces] + (numbers - self._starts[pieces]) * self.row_bytes
         files, of_row = np.unique(self._files[pieces], return_inverse=True)
+        if len(files) <= _MAX_OPEN_FILES:
+            return self._read(numbers, files, of_row, offsets, out, num_threads, row_map)
         for begin in range(0, len(files), _MAX_OPEN_FILES):
             some = files[begin : begin + _MAX_OPEN_FILES]
-            fds = np.array([self._fd(int(file)) for file in some], np.int32)
-            if len(some) == len(files):
-                self._read(numbers, fds[of_row], offsets, out, num_threads)
-            else:
-                chosen = np.flatnonzero((of_row >= begin) & (of_row < begin + len(some)))
-                part = np.empty((len(chosen), self.dim), out.dtype)
-                self._read(numbers[chosen], fds[of_row[chosen] - begin], offsets[chosen], part, num_threads)
-                out[chosen] = part
+            chosen = np.flatnonzero((of_row >= begin) & (of_row < begin + len(some)))
+            part = np.empty((len(chosen), self.dim), out.dtype)
+            self._read(numbers[chosen], some, of_row[chosen] - begin, offsets[chosen], part, num_threads, None)
+            out[chosen] = part
+        return self.map(out, row_map, num_threads)
 
     def _read(
         self,
         numbers: NDArray[np.int64],
-        fds: NDArray[np.int32],
+        files: NDArray[np.int64],
+        of_row: NDArray[np.intp],
         offsets: NDArray[np.int64],
         out: NDArray[Any],
         num_threads: int,
-    ) -> None:
-        first_short = _C.read_rows(fds, offsets, out, self.row_bytes, num_threads)
-        if first_short < len(numbers):
-            raise ValueError(f"{self.place(int(numbers[first_short]))}: the file was truncated while it was read")
+        row_map: _C.RowMap | None,
+    ) -> BadRows:
+        fds = np.array([self._fd(int(file)) for file in files], np.int32)[of_row]
+        bad = NONE_BAD
+        if row_map is None:
+            num_read = _C.read_rows(fds, offsets, out, self.row_bytes, num_threads)
+        else:
+            num_read, *found = _C.read_rows_transform(fds, offsets, out, self._bfloat16, row_map, num_threads)
+            bad = found[0], found[1], found[2]
+        if num_read < len(numbers):
+            raise ValueError(f"{self.place(int(numbers[num_read]))}: the file was truncated while it was read")
+        return bad
 
-    def read_range(self, start: int, out: NDArray[Any], num_threads: int = 1) -> None:
+    def map(self, rows: NDArray[Any], row_map: _C.RowMap | None, num_threads: int) -> BadRows:
+        """Map rows in their place, if there is a map; return the bad ones among them."""
+        if row_map is None:
+            return NONE_BAD
+        return _C.row_transform(rows, self._bfloat16, rows, self._bfloat16, row_map, num_threads)
+
+    def read_range(
+        self, start: int, out: NDArray[Any], num_threads: int = 1, row_map: _C.RowMap | None = None
+    ) -> BadRows:
         """Copy the rows from number `start` on into `out` `(n, dim)`, as `read`."""
-        self.read_ranges([(start, out)], num_threads)
+        file, offset, count = self._place_of(start)
+        if row_map is None or self._remote or count < len(out):
+            self.read_ranges([(start, out)], num_threads)
+            return self.map(out, row_map, num_threads)
+        num_read, *bad = _C.read_file_transform(self._fd(file), offset, out, self._bfloat16, row_map, num_threads)
+        if num_read < len(out):
+            raise ValueError(f"{self.paths[file]} was truncated while it was read")
+        return bad[0], bad[1], bad[2]
+
+    def _place_of(self, number: int) -> tuple[int, int, int]:
+        """Return the file of a row, its offset there, and how many rows follow one another from it on."""
+        piece = int(np.searchsorted(self._ends, number, side="right"))
+        offset = int(self._offsets[piece]) + (number - int(self._starts[piece])) * self.row_bytes
+        return int(self._files[piece]), offset, int(self._ends[piece]) - number
 
     def read_ranges(self, ranges: list[tuple[int, NDArray[Any]]], num_threads: int = 1) -> None:
         """Copy the rows from each number on into its array `(n, dim)`, as `read`; from a store, many at once."""
@@ -153,10 +190,8 @@ class RandomRows:
         for start, out in ranges:
             done = 0
             while done < len(out):
-                piece = int(np.searchsorted(self._ends, start + done, side="right"))
-                part = out[done : int(self._ends[piece]) - start]
-                offset = int(self._offsets[piece]) + (start + done - int(self._starts[piece])) * self.row_bytes
-                file = int(self._files[piece])
+                file, offset, count = self._place_of(start + done)
+                part = out[done : done + count]
                 path = self.paths[file]
                 if isinstance(path, RemotePath):
                     self._check_once(file, path)
