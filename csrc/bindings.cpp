@@ -10,6 +10,7 @@
 
 #include "covariance.h"
 #include "dispatch.h"
+#include "file_map.h"
 #include "file_read.h"
 #include "file_transform.h"
 #include "ids.h"
@@ -497,6 +498,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("hash_ids", &py_hash_ids, py::arg("offsets"), py::arg("text"), py::arg("hashes"));
   m.def("find_ids", &py_find_ids, py::arg("ids"), py::arg("hashes"), py::arg("rows"), py::arg("offsets"),
         py::arg("text"), py::arg("found"));
+  py::class_<FileMap>(m, "FileMap", py::module_local(), py::buffer_protocol())
+      .def(py::init([](int fd, int64_t offset, int64_t size) {
+             if (offset < 0 || size < 1) throw py::value_error("a map begins at 0 or later and has at least 1 byte");
+             return reading([&] { return std::make_unique<FileMap>(fd, offset, size); });
+           }),
+           py::arg("fd"), py::arg("offset"), py::arg("size"))
+      .def_property_readonly("broken", &FileMap::broken)
+      .def_buffer([](const FileMap& map) {
+        return py::buffer_info(const_cast<char*>(map.data()), 1, "B", 1, {map.size()}, {int64_t(1)}, true);
+      });
   py::class_<Xxh64>(m, "XXH64", py::module_local())
       .def(py::init<uint64_t>(), py::arg("seed") = 0)
       .def(

@@ -176,6 +176,17 @@ def stream_read(buffer: Bytes, num_threads: int) -> int:
 def stream_copy(source: Bytes, target: Bytes, nontemporal: bool, num_threads: int) -> None:
     """Copy with ordinary or non-temporal stores: the least that a kernel which reads and writes can take."""
 
+class FileMap:
+    """Part of an open file as memory, a buffer of bytes that can be read.
+
+    Where the file has become shorter meanwhile, or the disk fails, zeros are read, and `broken` becomes true.
+    """
+
+    def __init__(self, fd: int, offset: int, size: int) -> None: ...
+    @property
+    def broken(self) -> bool: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
 def read_file(fd: int, buffer: Bytes, offset: int, num_threads: int) -> int:
     """Fill `buffer` from byte `offset` of the file on; return the bytes read, fewer than asked only at its end."""
 
