@@ -63,7 +63,7 @@ class Memory:
 
     def _look(self) -> None:
         page = os.sysconf("SC_PAGE_SIZE")
-        while not self._done.wait(0.2):
+        while not self._done.wait(0.02):
             self._samples.append(int(Path("/proc/self/statm").read_text().split()[1]) * page)
 
     def __enter__(self) -> Memory:

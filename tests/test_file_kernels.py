@@ -1,0 +1,169 @@
+"""Files read and mapped in one pass, and files as memory: the values, and what is cut short meanwhile."""
+
+import gc
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from realign_fast import _C
+
+DTYPES = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32, "float64": np.float64}
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture(params=_C.instruction_sets())
+def instruction_set(request):
+    before = _C.instruction_set()
+    _C.use_instruction_set(request.param)
+    yield request.param
+    _C.use_instruction_set(before)
+
+
+def make(count, dim, dtype):
+    rows = np.random.default_rng(count + dim).normal(size=(count, dim)).astype(np.float32)
+    return (rows.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bfloat16" else rows.astype(DTYPES[dtype])
+
+
+def map_of(dim):
+    rng = np.random.default_rng(dim)
+    return _C.RowMap(1.2, 0.3 * rng.normal(size=dim) / dim**0.5, 0.1 * rng.normal(size=dim) / dim**0.5)
+
+
+def file_of(path, rows, before=24):
+    path.write_bytes(bytes(before) + rows.tobytes())
+    return os.open(path, os.O_RDONLY)
+
+
+# One row, fewer than a block, more than a piece of 256 KB, rows larger than a piece.
+@pytest.mark.parametrize(("count", "dim"), [(1, 1), (3, 255), (700, 768), (4099, 64), (3, 200_001)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_mapped_as_they_are_in_memory(tmp_path, instruction_set, count, dim, dtype):
+    rows = make(count, dim, dtype)
+    bfloat16 = dtype == "bfloat16"
+    expected = np.empty_like(rows)
+    _C.row_transform(rows, bfloat16, expected, bfloat16, map_of(dim), 1)
+    fd = file_of(tmp_path / "a", rows)
+    order = np.random.default_rng(0).permutation(count)
+    for threads in (1, 2, 3):
+        out = np.full_like(rows, 7)
+        assert _C.read_file_transform(fd, 24, out, bfloat16, map_of(dim), threads) == (count, 0, 0, -1)
+        np.testing.assert_array_equal(out, expected)
+        out[:] = 7
+        offsets = 24 + order * rows[0].nbytes
+        found = _C.read_rows_transform(np.full(count, fd, np.int32), offsets, out, bfloat16, map_of(dim), threads)
+        assert found == (count, 0, 0, -1)
+        np.testing.assert_array_equal(out, expected[order])
+    os.close(fd)
+
+
+def test_bad_rows_are_counted_and_the_first_is_named(tmp_path):
+    rows = make(5000, 96, "float32")
+    rows[[4100, 4800]] = 0
+    rows[4500, 3] = np.inf
+    fd = file_of(tmp_path / "a", rows)
+    for threads in (1, 2):
+        out = np.empty_like(rows)
+        assert _C.read_file_transform(fd, 24, out, False, map_of(96), threads) == (5000, 2, 1, 4100)
+        assert not out[[4100, 4500, 4800]].any()
+    os.close(fd)
+
+
+def test_a_file_that_ends_early(tmp_path):
+    rows = make(5000, 96, "float32")
+    fd = file_of(tmp_path / "a", rows)
+    os.truncate(tmp_path / "a", 24 + 3000 * 96 * 4 + 10)
+    out = np.empty_like(rows)
+    assert _C.read_file_transform(fd, 24, out, False, map_of(96), 2)[0] == 3000
+    offsets = 24 + np.arange(5000) * 96 * 4
+    assert _C.read_rows_transform(np.full(5000, fd, np.int32), offsets, out, False, map_of(96), 2)[0] == 3000
+    os.close(fd)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        _C.read_file_transform(fd, 24, out, False, map_of(96), 2)
+
+
+def test_wrong_arguments(tmp_path):
+    fd = file_of(tmp_path / "a", make(4, 8, "float32"))
+    out = np.empty((4, 8), np.float32)
+    with pytest.raises(ValueError, match="dimension of row_map"):
+        _C.read_file_transform(fd, 0, out, False, map_of(9), 1)
+    with pytest.raises(ValueError, match="contiguous"):
+        _C.read_file_transform(fd, 0, np.empty((4, 16), np.float32)[:, :8], False, map_of(8), 1)
+    with pytest.raises(ValueError, match="offsets"):
+        _C.read_rows_transform(np.zeros(4, np.int32), np.zeros(3, np.int64), out, False, map_of(8), 1)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="writeable"):
+        _C.read_file_transform(fd, 0, out, False, map_of(8), 1)
+    for offset, size in ((-1, 5), (0, 0)):
+        with pytest.raises(ValueError, match="a map begins"):
+            _C.FileMap(fd, offset, size)
+    os.close(fd)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 24, PAGE - 1, PAGE, PAGE + 8])
+def test_a_file_as_memory(tmp_path, offset):
+    data = np.random.default_rng(0).integers(0, 256, 5 * PAGE, np.uint8)
+    (tmp_path / "a").write_bytes(data.tobytes())
+    fd = os.open(tmp_path / "a", os.O_RDONLY)
+    mapped = _C.FileMap(fd, offset, data.size - offset)
+    os.close(fd)  # a map outlives it
+    values = np.frombuffer(mapped, np.uint8)
+    np.testing.assert_array_equal(values, data[offset:])
+    assert not values.flags.writeable
+    assert not mapped.broken
+    del mapped
+    gc.collect()
+    np.testing.assert_array_equal(values, data[offset:])  # an array keeps its map
+
+
+def test_a_map_of_a_file_that_is_cut_short(tmp_path):
+    """Zeros are read in the place of what is gone; other maps and a later one of the same file are good."""
+    path = tmp_path / "a"
+    path.write_bytes(b"\1" * 8 * PAGE)
+    fd = os.open(path, os.O_RDONLY)
+    whole, other = _C.FileMap(fd, 0, 8 * PAGE), _C.FileMap(fd, 0, 2 * PAGE)
+    os.truncate(path, 2 * PAGE)
+    values = np.frombuffer(whole, np.uint8)
+    assert values.sum() == 2 * PAGE
+    assert whole.broken
+    assert np.frombuffer(other, np.uint8).sum() == 2 * PAGE
+    assert not other.broken
+    again = _C.FileMap(fd, PAGE, PAGE)
+    assert np.frombuffer(again, np.uint8).sum() == PAGE
+    assert not again.broken
+    os.close(fd)
+
+
+def test_a_map_is_cut_short_under_many_threads(tmp_path):
+    path = tmp_path / "a"
+    rows = make(20_000, 64, "float32")
+    path.write_bytes(rows.tobytes())
+    fd = os.open(path, os.O_RDONLY)
+    mapped = _C.FileMap(fd, 0, rows.nbytes)
+    os.truncate(path, rows.nbytes // 2)
+    sums = np.zeros(64, np.int64)
+    values = np.frombuffer(mapped, np.float32).reshape(rows.shape)
+    num_zero, _, first = _C.moments(values, False, sums, None, 4)
+    assert mapped.broken
+    assert num_zero == pytest.approx(10_000, abs=20)
+    assert first == pytest.approx(10_000, abs=20)
+    os.close(fd)
+
+
+@pytest.mark.parametrize("options", [[], ["-X", "faulthandler"]])
+def test_other_bus_errors_still_end_the_process(tmp_path, options):
+    code = f"""
+import mmap, os
+from realign_fast import _C
+path = {str(tmp_path / "a")!r}
+open(path, "wb").write(bytes(4 * mmap.PAGESIZE))
+fd = os.open(path, os.O_RDONLY)
+ours, theirs = _C.FileMap(fd, 0, 4 * mmap.PAGESIZE), mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+os.truncate(path, 0)
+assert not any(bytes(ours)) and ours.broken
+theirs[3 * mmap.PAGESIZE]
+"""
+    done = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, timeout=60)
+    assert done.returncode == -7, done.stderr
