@@ -191,7 +191,7 @@ class DeviceReader(Reader):
     def _slots(self, source: Source) -> Generator[Slot, None, None]:
         if isinstance(source, MemorySource) and source.device is not None:
             return self._slots_there(source)
-        return Feed(self._device, self._num_threads).slots(source.batches(self._limit))
+        return Feed(self._device, self._num_threads).slots(batch[:3] for batch in source.batches(self._limit))
 
     def _slots_there(self, source: MemorySource) -> Generator[Slot, None, None]:
         start = 0

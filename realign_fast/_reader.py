@@ -140,6 +140,7 @@ def _located(batch: Batch) -> Iterator[None]:
     try:
         yield
     except BadRowsError as error:
+        batch.check()
         raise error.moved(batch.origin, batch.start) from None
 
 

@@ -100,11 +100,6 @@ def test_an_unknown_suffix_is_refused(tmp_path):
     assert_refused(tmp_path / "a.csv", "suffix '.csv' is unknown, expected one of .npy")
 
 
-def test_a_url_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"s3://bucket/a\.npy: remote stores"):
-        open_source("s3://bucket/a.npy", name="text")
-
-
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_folder_with_the_name_of_a_file_is_no_file(tmp_path, suffix):
     (tmp_path / f"a{suffix}").mkdir()

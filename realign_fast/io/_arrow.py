@@ -130,7 +130,7 @@ class ArrowShard:
                 values = _values(self.path, batch.column(self.column), self.dim, start)
                 for chunk in self._batch_chunks(values, mapped, blocks):
                     part = None if others is None else others.slice(chunk.start, len(chunk.rows.values))
-                    yield Chunk(chunk.rows, start + chunk.start, part)
+                    yield Chunk(chunk.rows, start + chunk.start, part, chunk.check)
                 start += len(values)
 
     def layouts(self) -> list[Layout]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,20 +19,29 @@ from ._remote import AnyPath, FetchAhead, RemotePath
 
 _PAGE = 4096
 _AHEAD_BYTES = 16 << 20
+# Mapped at once: small beside the memory of a machine, large enough that mapping does not count.
+_WINDOW_BYTES = 32 << 20
 # No encoder comes near; a header that claims more is damaged, and nothing may be sized after it.
 MAX_DIM = 1 << 24
 _MAX_ROWS = (1 << 63) - 1
+
+
+def as_they_were() -> None:
+    """Rows in memory do not change."""
 
 
 class Chunk(NamedTuple):
     """Rows of one file from row `start` on, and what else the file holds of them.
 
     `columns` depends on the format: a pyarrow RecordBatch without the embeddings, a list of dicts with them, or None.
+    `check` raises ValueError if the rows are not what the file held, since it was cut short: who finds something wrong
+    in them asks first.
     """
 
     rows: Rows
     start: int
     columns: Any = None
+    check: Callable[[], None] = as_they_were
 
 
 class Blocks:
@@ -91,75 +101,86 @@ def check_shape(path: AnyPath, num_rows: int, dim: int) -> None:
         raise ValueError(f"{path}: expected rows of dimension 1 to {MAX_DIM}, got shape ({num_rows}, {dim})")
 
 
-class _Reader(Protocol):
-    """Reads an open file: `fill` from an offset, having been told by `expect` what will be read."""
-
-    def expect(self, begin: int, size: int) -> None: ...
-    def fill(self, values: NDArray[Any], offset: int, num_threads: int) -> None: ...
-
-
-class _LocalReader:
-    def __init__(self, path: Path, fd: int) -> None:
-        self._path, self._fd = path, fd
-
-    def expect(self, begin: int, size: int) -> None:
-        os.posix_fadvise(self._fd, begin, size, os.POSIX_FADV_WILLNEED)
-
-    def fill(self, values: NDArray[Any], offset: int, num_threads: int) -> None:
-        if _C.read_file(self._fd, values, offset, num_threads) < values.nbytes:
-            raise ValueError(
-                f"{self._path} was truncated while it was read: expected bytes up to {offset + values.nbytes}"
-            )
-
-
-class _RemoteReader:
-    def __init__(self, file: io.RawIOBase) -> None:
-        self._file = file
-
-    def expect(self, begin: int, size: int) -> None:
-        pass  # what reads ahead has a plan of its own
-
-    def fill(self, values: NDArray[Any], offset: int, num_threads: int) -> None:
-        self._file.seek(offset)
-        self._file.readinto(values.data.cast("B"))
+# Fills an array from an offset of a file on, with so many threads.
+_Fill = Callable[[NDArray[Any], int, int], None]
 
 
 @contextmanager
-def _open(path: AnyPath, blocks: Blocks, *, in_order: bool) -> Iterator[_Reader]:
+def _open(path: AnyPath, blocks: Blocks) -> Iterator[_Fill]:
     if isinstance(path, RemotePath):
         with blocks.open(path) as remote:
-            yield _RemoteReader(remote)
+
+            def fetch(values: NDArray[Any], offset: int, num_threads: int) -> None:
+                remote.seek(offset)
+                remote.readinto(values.data.cast("B"))
+
+            yield fetch
         return
     with path.open("rb", buffering=0) as file:
-        if in_order:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        yield _LocalReader(path, file.fileno())
+
+        def read(values: NDArray[Any], offset: int, num_threads: int) -> None:
+            if _C.read_file(file.fileno(), values, offset, num_threads) < values.nbytes:
+                end = offset + values.nbytes
+                raise ValueError(f"{path} was truncated while it was read: expected bytes up to {end}")
+
+        yield read
 
 
 def read_layout(path: AnyPath, layout: Layout, blocks: Blocks) -> Generator[Chunk, None, None]:
-    """Read the rows block after block."""
+    """Read the rows, about a block at a time: where they lie if they can be used as they are, else copied."""
+    aligned = layout.offset % storage(layout.dtype).itemsize == 0
+    if isinstance(path, Path) and aligned and not layout.swapped and not layout.fortran:
+        return _mapped(path, layout, blocks)
+    return _copied(path, layout, blocks)
+
+
+def _mapped(path: Path, layout: Layout, blocks: Blocks) -> Generator[Chunk, None, None]:
     dtype = storage(layout.dtype)
     row_bytes = layout.dim * dtype.itemsize
     step = blocks.num_rows(row_bytes)
-    with _open(path, blocks, in_order=not layout.fortran) as reader:
-        if not layout.fortran:
-            reader.expect(layout.offset, _AHEAD_BYTES)
+    window = max(1, _WINDOW_BYTES // (step * row_bytes)) * step
+    with path.open("rb", buffering=0) as file:
+        fd = file.fileno()
+        os.posix_fadvise(fd, layout.offset, 0, os.POSIX_FADV_SEQUENTIAL)
+        os.posix_fadvise(fd, layout.offset, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+        for begin in range(0, layout.num_rows, window):
+            count = min(window, layout.num_rows - begin)
+            offset, size = layout.offset + begin * row_bytes, count * row_bytes
+            # The disk reads on while these rows are at work.
+            os.posix_fadvise(fd, offset + _AHEAD_BYTES, size, os.POSIX_FADV_WILLNEED)
+            mapped = _C.FileMap(fd, offset, size)
+            rows = np.frombuffer(memoryview(mapped), dtype).reshape(count, layout.dim)
+            check = partial(_check_whole, path, fd, mapped, offset + size)
+            for start in range(0, count, step):
+                yield Chunk(Rows(rows[start : start + step], layout.dtype), begin + start, check=check)
+                check()
+
+
+def _check_whole(path: Path, fd: int, mapped: _C.FileMap, end: int) -> None:
+    # The last page of a file ends in zeros, which break no map.
+    if mapped.broken or os.fstat(fd).st_size < end:
+        raise ValueError(f"{path} was truncated while it was read: expected bytes up to {end}")
+
+
+def _copied(path: AnyPath, layout: Layout, blocks: Blocks) -> Generator[Chunk, None, None]:
+    dtype = storage(layout.dtype)
+    row_bytes = layout.dim * dtype.itemsize
+    step = blocks.num_rows(row_bytes)
+    with _open(path, blocks) as fill:
         for start in range(0, layout.num_rows, step):
             values = blocks.take(min(step, layout.num_rows - start), layout.dim, dtype)
             if layout.fortran:
-                _read_columns(reader, layout, start, values)
+                _read_columns(fill, layout, start, values)
             else:
-                begin = layout.offset + start * row_bytes
-                reader.expect(begin + _AHEAD_BYTES, step * row_bytes)  # the disk reads on while this block is at work
-                reader.fill(values, begin, blocks.num_threads)
+                fill(values, layout.offset + start * row_bytes, blocks.num_threads)
             if layout.swapped:
                 values.byteswap(inplace=True)
             yield Chunk(Rows(values, layout.dtype), start)
 
 
-def _read_columns(reader: _Reader, layout: Layout, start: int, values: NDArray[Any]) -> None:
+def _read_columns(fill: _Fill, layout: Layout, start: int, values: NDArray[Any]) -> None:
     columns = np.empty((layout.dim, len(values)), values.dtype)
     for index in range(layout.dim):
         offset = layout.offset + (index * layout.num_rows + start) * values.itemsize
-        reader.fill(columns[index], offset, 1)
+        fill(columns[index], offset, 1)
     values[...] = columns.T

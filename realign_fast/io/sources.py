@@ -8,7 +8,7 @@ import math
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
@@ -22,7 +22,7 @@ from .._rows import as_rows, dtype_name, is_tensor
 from ..backends import count_threads
 from ._fingerprint import combined, fingerprint
 from ._prefetch import prefetch
-from ._raw import Blocks
+from ._raw import Blocks, as_they_were
 from ._remote import AnyPath, FetchAhead, RemotePath, is_url, list_files, size_of
 from .formats import FORMATS, format_of, open_shards, plan
 
@@ -45,11 +45,14 @@ class Batch(NamedTuple):
         Path of the file, or the source's name for arrays and batches in memory.
     start : int
         Index of `rows[0]` within `origin`.
+    check : callable
+        As that of `Chunk`.
     """
 
     rows: Rows
     origin: str
     start: int
+    check: Callable[[], None] = as_they_were
 
 
 class Source(ABC):
@@ -339,7 +342,7 @@ class _FileSource(Source):
                         return
                     self._check(shard.path, rows.values.shape[1], rows.dtype)
                     total += len(rows.values)
-                    yield Batch(rows, str(shard.path), chunk.start)
+                    yield Batch(rows, str(shard.path), chunk.start, chunk.check)
 
     def share(self, ranks: Ranks) -> Source:
         mine = copy.copy(self)

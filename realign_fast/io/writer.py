@@ -561,6 +561,7 @@ class _Lane:
         try:
             num_zero, num_nonfinite, _ = self._run.transform(chunk.rows, out, self._num_threads, number)
         except BadRowsError as error:
+            chunk.check()
             raise error.moved(str(path), chunk.start) from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error

@@ -68,5 +68,5 @@ void test_read_transform() {
 int main() {
   test_map();
   test_read_transform();
-  std::puts("files: ok");
+  std::puts("files: passed");
 }
