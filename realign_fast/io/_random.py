@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +20,17 @@ from ._arrow import ArrowShard
 from ._npy import NpyShard
 from ._raw import Layout
 from ._safetensors import SafetensorsShard
+from ._tar import TarShard
 from .formats import open_shard
 
 _MAX_OPEN_FILES = 256
+_SMALL_PIECE_ROWS = 16  # smaller ones are faster read row by row, all in one call
 
 
 class RandomRows:
-    """`num_rows` rows of npy, safetensors and uncompressed arrow files, numbered through all of them in order.
+    """`num_rows` rows of npy, safetensors, uncompressed arrow files and tars, numbered through all of them in order.
+
+    Of a tar, every row is a piece of its own: 20 bytes in memory.
 
     Parameters
     ----------
@@ -44,30 +48,29 @@ class RandomRows:
     """
 
     def __init__(self, paths: list[Path], column: str | None = None) -> None:
-        self.paths = paths
+        self.paths, self.column = paths, column
         self._states = [state_of(path) for path in paths]
         self.dim, self.dtype = 0, ""
-        files: list[int] = []
-        offsets: list[int] = []
-        counts: list[int] = []
+        files: list[NDArray[np.int32]] = []
+        offsets: list[NDArray[np.int64]] = []
+        counts: list[NDArray[np.int64]] = []
         for number, path in enumerate(paths):
-            for layout in _layouts(path, column):
-                if self.dim == 0:
-                    self.dim, self.dtype = layout.dim, layout.dtype
-                elif (layout.dim, layout.dtype) != (self.dim, self.dtype):
-                    raise ValueError(
-                        f"{path} has dimension {layout.dim} and dtype {layout.dtype}, {paths[0]} has {self.dim} and "
-                        f"{self.dtype}"
-                    )
-                if layout.num_rows:
-                    files.append(number)
-                    offsets.append(layout.offset)
-                    counts.append(layout.num_rows)
-        if not counts:
+            pieces = _pieces_of(path, column)
+            if self.dim == 0:
+                self.dim, self.dtype = pieces.dim, pieces.dtype
+            elif pieces.dim and (pieces.dim, pieces.dtype) != (self.dim, self.dtype):
+                raise ValueError(
+                    f"{path} has dimension {pieces.dim} and dtype {pieces.dtype}, {paths[0]} has {self.dim} and "
+                    f"{self.dtype}"
+                )
+            has_rows = pieces.counts > 0
+            files.append(np.full(int(has_rows.sum()), number, np.int32))
+            offsets.append(pieces.offsets[has_rows])
+            counts.append(pieces.counts[has_rows])
+        self._files, self._offsets = np.concatenate(files), np.concatenate(offsets)
+        if not len(self._files):
             raise ValueError(f"{paths[0]}{' and the other files' if len(paths) > 1 else ''} hold no rows")
-        self._files, self._offsets = np.array(files), np.array(offsets, np.int64)
-        self._ends = np.cumsum(counts, dtype=np.int64)
-        self._starts: NDArray[np.int64] = self._ends - np.array(counts, np.int64)
+        self._ends = np.cumsum(np.concatenate(counts), dtype=np.int64)
         self.num_rows = int(self._ends[-1])
         self.row_bytes = self.dim * storage(self.dtype).itemsize
         self._open: OrderedDict[int, int] = OrderedDict()
@@ -86,10 +89,19 @@ class RandomRows:
 
     def place(self, number: int) -> str:
         """Return where a row is: file and row."""
-        piece = int(np.searchsorted(self._ends, number, side="right"))
-        file = self._files[piece]
-        before = self._starts[np.searchsorted(self._files, file)]
+        file = int(self._files[np.searchsorted(self._ends, number, side="right")])
+        before = self._starts_of(np.searchsorted(self._files, [file]))[0]
         return f"{self.paths[file]} row {number - before}"
+
+    def rows_of_files(self) -> list[int]:
+        """Return how many rows each file has."""
+        ends = np.searchsorted(self._files, np.arange(len(self.paths)), side="right")
+        counts: list[int] = np.diff(self._starts_of(ends), prepend=0).tolist()
+        return counts
+
+    def _starts_of(self, pieces: NDArray[np.intp]) -> NDArray[np.int64]:
+        """Return the numbers of their first rows."""
+        return np.where(pieces > 0, self._ends[pieces - 1], 0)
 
     def read(self, numbers: NDArray[np.int64], out: NDArray[Any], num_threads: int = 1) -> None:
         """Copy the rows with these numbers `(n,)` into `out` `(n, dim)`, contiguous, in `storage(dtype)`.
@@ -108,7 +120,7 @@ class RandomRows:
             self.read_range(int(numbers[0]), out)
             return
         pieces = np.searchsorted(self._ends, numbers, side="right")
-        offsets = self._offsets[pieces] + (numbers - self._starts[pieces]) * self.row_bytes
+        offsets = self._offsets[pieces] + (numbers - self._starts_of(pieces)) * self.row_bytes
         files, of_row = np.unique(self._files[pieces], return_inverse=True)
         for begin in range(0, len(files), _MAX_OPEN_FILES):
             some = files[begin : begin + _MAX_OPEN_FILES]
@@ -135,11 +147,17 @@ class RandomRows:
 
     def read_range(self, start: int, out: NDArray[Any], num_threads: int = 1) -> None:
         """Copy the rows from number `start` on into `out` `(n, dim)`, as `read`."""
+        if len(out) > 1:
+            first, last = np.searchsorted(self._ends, [start, start + len(out) - 1], side="right")
+            if last - first > len(out) // _SMALL_PIECE_ROWS:
+                self.read(np.arange(start, start + len(out)), out, num_threads)
+                return
         done = 0
         while done < len(out):
             piece = int(np.searchsorted(self._ends, start + done, side="right"))
             part = out[done : int(self._ends[piece]) - start]
-            offset = int(self._offsets[piece]) + (start + done - int(self._starts[piece])) * self.row_bytes
+            before = int(self._ends[piece - 1]) if piece else 0
+            offset = int(self._offsets[piece]) + (start + done - before) * self.row_bytes
             file = int(self._files[piece])
             if _C.read_file(self._fd(file), part, offset, num_threads) < part.nbytes:
                 raise ValueError(f"{self.paths[file]} was truncated while it was read")
@@ -167,17 +185,34 @@ def state_of(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _layouts(path: Path, column: str | None) -> list[Layout]:
+class _Pieces(NamedTuple):
+    """Rows of a file that lie one after the other: where each piece begins and how many rows it has.
+
+    The dimension is 0 where a tar without samples states none.
+    """
+
+    dim: int
+    dtype: str
+    offsets: NDArray[np.int64]
+    counts: NDArray[np.int64]
+
+
+def _pieces_of(path: Path, column: str | None) -> _Pieces:
     shard = open_shard(path, column)
-    if isinstance(shard, NpyShard | SafetensorsShard):
+    layouts: list[Layout] = []
+    if isinstance(shard, TarShard):
+        tar = shard.load()
+        if not tar.swapped.any():
+            return _Pieces(tar.dim, tar.dtype, tar.values, np.ones(tar.num_rows, np.int64))
+    elif isinstance(shard, NpyShard | SafetensorsShard):
         layouts = [shard.layout]
     elif isinstance(shard, ArrowShard):
         layouts = shard.layouts()
-    else:
-        layouts = []
     if not layouts or any(layout.swapped or layout.fortran for layout in layouts):
         raise ValueError(
             f"{path}: its rows do not lie in it as in memory: make npy, safetensors or arrow files of them first, "
             "realign convert"
         )
-    return layouts
+    offsets = np.array([layout.offset for layout in layouts], np.int64)
+    counts = np.array([layout.num_rows for layout in layouts], np.int64)
+    return _Pieces(layouts[0].dim, layouts[0].dtype, offsets, counts)

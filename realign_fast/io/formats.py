@@ -15,7 +15,9 @@ FORMATS = {
     ".arrow": "arrow",
     ".pkl": "pickle",
     ".pickle": "pickle",
+    ".tar": "tar",
 }
+_COMPRESSED_TARS = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 class Shard(Protocol):
@@ -25,7 +27,7 @@ class Shard(Protocol):
     ----------
     path : Path
     num_rows : int or None
-        None where only reading tells (pickles).
+        None where only reading tells (pickles and tars).
     dim : int
         0 where not known: pickles, and tables of lists without rows.
     dtype : str
@@ -61,10 +63,10 @@ def open_shard(path: Path, column: str | None = None) -> Shard:
     Parameters
     ----------
     path
-        A `.npy`, `.safetensors`, `.parquet`, `.arrow` or `.pkl` file.
+        A `.npy`, `.safetensors`, `.parquet`, `.arrow`, `.pkl` or `.tar` file.
     column
         The column, tensor or key of the embeddings; by default "embedding", in pickles also "embed", in safetensors
-        also the only 2-D float tensor.
+        also the only 2-D float tensor. In tars, the extension of their members; by default the only `.npy` of a sample.
 
     Raises
     ------
@@ -96,5 +98,21 @@ def open_shard(path: Path, column: str | None = None) -> Shard:
             from ._pickles import PickleShard
 
             return PickleShard(path, column)
+        case "tar":
+            from ._tar import TarShard
+
+            return TarShard(path, column)
         case _:
-            raise ValueError(f"{path}: the suffix {path.suffix!r} is unknown, expected one of {', '.join(FORMATS)}")
+            raise ValueError(unknown(path))
+
+
+def is_compressed_tar(path: Path) -> bool:
+    """Return whether the suffix of `path` is one of compressed tars."""
+    return path.name.lower().endswith(_COMPRESSED_TARS)
+
+
+def unknown(path: Path) -> str:
+    """Return what to say of a file whose suffix stands for no format."""
+    if is_compressed_tar(path):
+        return f"{path}: compressed tars are not read: decompress it first"
+    return f"{path}: the suffix {path.suffix!r} is unknown, expected one of {', '.join(FORMATS)}"

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -20,9 +20,10 @@ from .._ranks import Ranks
 from .._rows import as_rows, dtype_name, is_tensor
 from ..backends import count_threads
 from ._fingerprint import combined, fingerprint
+from ._layouts import listed_files, side_of
 from ._prefetch import prefetch
 from ._raw import Blocks
-from .formats import FORMATS, format_of, open_shard
+from .formats import FORMATS, format_of, is_compressed_tar, open_shard, unknown
 
 # Small enough that a kernel finds in the last-level cache what the reader has just copied there, even where three
 # blocks are in flight; large enough to be worth several threads.
@@ -112,6 +113,7 @@ def open_source(
     name: str,
     key: str | None = None,
     column: str | None = None,
+    side: Literal["source", "target"] | None = None,
     batch_bytes: int = BATCH_BYTES,
     num_threads: int | None = None,
 ) -> Source:
@@ -128,7 +130,10 @@ def open_source(
         Where the embeddings lie in dict batches.
     column
         Which column of a table, tensor of a safetensors file or key of a pickle holds the embeddings: by default
-        "embedding", in pickles also "embed", in safetensors also the only 2-D float tensor.
+        "embedding", in pickles also "embed", in safetensors also the only 2-D float tensor. In tars, the extension of
+        their members; by default the only `.npy` of a sample.
+    side
+        Which side of a folder that holds both is meant.
     batch_bytes
         About how large a batch is.
     num_threads
@@ -148,7 +153,7 @@ def open_source(
     if isinstance(data, np.ndarray) or is_tensor(data):
         return _ArraySource(data, name, batch_bytes)
     if _is_path(data) or (isinstance(data, list | tuple) and data and all(_is_path(item) for item in data)):
-        return _FileSource(file_paths(data), name, column, batch_bytes, count_threads(num_threads))
+        return _FileSource(file_paths(data, side), name, column, batch_bytes, count_threads(num_threads))
     if isinstance(data, list | tuple):
         if not data:
             raise ValueError(f"{name} is an empty {type(data).__name__}: expected paths or batches")
@@ -364,21 +369,23 @@ def _sum_of(counts: Iterable[int | None]) -> int | None:
     return total
 
 
-def file_paths(data: Any) -> list[Path]:
+def file_paths(data: Any, side: Literal["source", "target"] | None = None) -> list[Path]:
     """Return the files that a path, a glob, a directory or a list of such stands for.
 
     The contents of a directory and the matches of a glob come in natural order (`a_2` before `a_10`), without hidden
-    files, manifests and, where some have a known suffix, files without.
+    files, manifests and, where some have a known suffix, files without. A dataset saved by Hugging Face `datasets`
+    lists its files. Of a folder of clip-retrieval, `side` tells which of its folders is meant.
 
     Raises
     ------
     FileNotFoundError
         If a path is missing, a directory is empty, or a glob matches nothing.
     ValueError
-        If a path is a URL, or a directory holds only files of unknown suffix.
+        If a path is a URL, or a directory holds only files of unknown suffix, several splits, or both sides and none is
+        asked for.
     """
     if isinstance(data, list | tuple):
-        return [path for item in data for path in file_paths(item)]
+        return [path for item in data for path in file_paths(item, side)]
     text = os.fspath(data)
     if not isinstance(text, str):
         raise TypeError(f"a path must be text, got {text!r}")
@@ -386,7 +393,9 @@ def file_paths(data: Any) -> list[Path]:
         raise ValueError(f"{text}: remote stores are not read by this version: copy the files to a local folder first")
     path = Path(text)
     if path.is_dir():
-        return _shards_among(path.iterdir(), path)
+        path = side_of(path, side)
+        listed = listed_files(path)
+        return _shards_among(path.iterdir(), path) if listed is None else listed
     if path.exists():
         return [path]
     if glob.has_magic(text):
@@ -401,6 +410,8 @@ def _shards_among(candidates: Iterable[Path], where: Path) -> list[Path]:
     names = {path.parent / path.stem for path in files}
     known = [path for path in files if format_of(path) and not _is_sidecar(path, names)]
     if not known:
+        if is_compressed_tar(files[0]):
+            raise ValueError(unknown(files[0]))
         raise ValueError(
             f"{where} holds no file of a known suffix ({', '.join(FORMATS)}), for instance {files[0].name}"
         )
