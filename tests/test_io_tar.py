@@ -301,7 +301,7 @@ def pax(records, kind=b"x"):
         (header("a.npy", size=b"-0000000001\0") + END, "expected an octal number"),
         (header("a.npy", size=bytes(12)) + END, "expected an octal number"),
         (header("a.npy", checksum=b"000001\0 ") + END, "its checksum is"),
-        (header("", 0) + END, "it has no name"),
+        (header("", 0) + END, "it has a name of 0 bytes"),
         (header("a.npy", kind=b"M") + END, "is of the unknown kind b'M'"),
         (header("d/", 512, b"5") + bytes(512) + END, "is a folder of 512 bytes"),
         (header("a.npy", at={0: b"\xff\xfe.npy"}) + END, "is no UTF-8"),
@@ -314,7 +314,8 @@ def pax(records, kind=b"x"):
         (pax(b"-9 path=a\n") + SOUND + END, "its pax header states the number b'-9'"),
         (pax(b"12345678901234567890123 path=a\n") + SOUND + END, "its pax header is damaged"),
         (pax("²9 path=a\n".encode()) + SOUND + END, "its pax header states the number"),
-        (pax(b"8 path=\n") + SOUND + END, "it has no name"),
+        (pax(b"8 path=\n") + SOUND + END, "it has a name of 0 bytes"),
+        (pax(b"5006 path=%s\n" % (b"x" * 4995)) + SOUND + END, "it has a name of 4995 bytes, expected 1 to 4096"),
         (pax(b"9 size=x\n") + SOUND + END, "its pax header states the number b'x'"),
         (pax(b"28 size=9999999999999999999\n") + SOUND + END, "it claims 9999999999999999999 bytes"),
         (pax(b"22 GNU.sparse.major=1\n") + SOUND + END, "a member is sparse, which is refused"),
@@ -538,7 +539,7 @@ def test_keys_and_other_members_go_along_or_beside(tmp_path, target):
 
 
 def test_large_members_become_columns_a_few_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(_tar, "_COLUMNS_AT_ONCE_BYTES", 3000)
+    monkeypatch.setattr(_tar, "_COLUMNS_AT_ONCE_BYTES", 6000)
     monkeypatch.setattr(_encoders, "_GROUP_BYTES", 5000)
     values = values_of(12)
     members = [

@@ -78,11 +78,16 @@ class TarShard:
         with self.path.open("rb", buffering=0) as file:
             samples, start = self.samples(file.fileno()), 0
             step = blocks.num_rows(self.dim * storage(self.dtype).itemsize)
-            while part := list(islice(samples, step)):
-                places = np.array([sample.values for sample in part], np.int64)
-                swapped = np.array([sample.swapped for sample in part])
-                yield Chunk(self.read(file.fileno(), places, swapped, blocks), start)
-                start += len(part)
+            while True:
+                values, swapped = array("q"), array("b")
+                for sample in islice(samples, step):
+                    values.append(sample.values)
+                    swapped.append(sample.swapped)
+                if not values:
+                    return
+                places = np.frombuffer(values, np.int64)
+                yield Chunk(self.read(file.fileno(), places, np.frombuffer(swapped, np.bool_), blocks), start)
+                start += len(values)
 
     def keys(self) -> Iterator[str]:
         """Yield the key of each sample."""
@@ -211,24 +216,27 @@ class LoadedTar:
         extensions: dict[str, None] = {}
         hashes: list[NDArray[np.uint64]] = []
         with self.path.open("rb", buffering=0) as file:
-            samples = shard.samples(file.fileno())
-            while part := list(islice(samples, _HASHED_AT_ONCE)):
-                headers.extend([sample.header for sample in part])
-                values.extend([sample.values for sample in part])
-                axes.extend([sample.axes for sample in part])
-                swapped.extend([sample.swapped for sample in part])
-                for sample in part:
+            keys: list[str] = []
+            for sample in shard.samples(file.fileno()):
+                headers.append(sample.header)
+                values.append(sample.values)
+                axes.append(sample.axes)
+                swapped.append(sample.swapped)
+                keys.append(sample.key)
+                if len(keys) == _HASHED_AT_ONCE:
+                    hashes.append(_hashes_of(keys))
+                    keys = []
+                if not extensions.keys() >= sample.members.keys():
                     extensions.update(dict.fromkeys(sample.members))
-                if len(extensions) > _MAX_MEMBERS:
-                    raise ValueError(f"{self.path} has members of more than {_MAX_MEMBERS} extensions")
-                hashes.append(_hashes_of([sample.key for sample in part]))
+                    if len(extensions) > _MAX_MEMBERS:
+                        raise ValueError(f"{self.path} has members of more than {_MAX_MEMBERS} extensions")
+            hashes.append(_hashes_of(keys))
         extensions.pop(self.column, None)
         self.extensions, self.stray = list(extensions), shard.stray
         self.headers, self.values = np.frombuffer(headers, np.int64), np.frombuffer(values, np.int64)
         self.axes, self.swapped = np.frombuffer(axes, np.int8), np.frombuffer(swapped, np.bool_)
         self.num_rows = len(values)
-        if hashes:
-            self._refuse_repeats(np.concatenate(hashes))
+        self._refuse_repeats(np.concatenate(hashes))
 
     def _refuse_repeats(self, hashes: NDArray[np.uint64]) -> None:
         order = np.argsort(hashes, kind="stable")
@@ -262,7 +270,7 @@ class LoadedTar:
         part, num_bytes = [], 0
         for sample in islice(samples, num_rows):
             part.append(sample)
-            num_bytes += sum(member.size for member in sample.members.values())
+            num_bytes += sum(member.size + BLOCK_BYTES for member in sample.members.values())
             if num_bytes > _COLUMNS_AT_ONCE_BYTES:
                 break
         return part

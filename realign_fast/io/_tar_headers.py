@@ -16,7 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCK_BYTES = 512
+# Windows grow to this where headers lie close together, and begin small anew after large data that are skipped.
 _WINDOW_BYTES = 256 << 10
+_FIRST_WINDOW_BYTES = 4 << 10
+_MAX_NAME_BYTES = 4096  # of which no system makes a longer path
 _MAX_EXTENSION_BYTES = 1 << 20  # of a long name, or of what a pax header states
 _SIZE, _CHECKSUM, _KIND, _MAGIC, _PREFIX = 124, 148, 156, 257, 345
 _FILES, _FOLDERS = b"0\x007", b"5"
@@ -91,14 +94,16 @@ class _Headers:
         self._size: int | None = None
 
     def windows(self) -> Generator[Window, None, None]:
-        position = 0
+        position, size = 0, _FIRST_WINDOW_BYTES
         while True:
-            data = self._read(position, min(_WINDOW_BYTES, self._end - position))
+            data = self._read(position, min(size, _WINDOW_BYTES, self._end - position))
             members: list[Member] = []
             found = self._members(data, position, members)
             yield Window(members, data, position)
             if found is None:
                 return
+            went_on = len(data) - BLOCK_BYTES <= found - position <= 2 * len(data)
+            size = min(4 * size, _WINDOW_BYTES) if went_on else _FIRST_WINDOW_BYTES
             position = found
 
     def _members(self, data: bytes, start: int, members: list[Member]) -> int | None:
@@ -217,8 +222,8 @@ class _Headers:
         """Return a member's name, if a file of that name would lie in the folder where the tar is unpacked."""
         if b"\0" in name:
             name = name.partition(b"\0")[0]
-        if not name:
-            self._fail(header, "it has no name")
+        if not 0 < len(name) <= _MAX_NAME_BYTES:
+            self._fail(header, f"it has a name of {len(name)} bytes, expected 1 to {_MAX_NAME_BYTES}")
         if name[0] == 0x2F or (b".." in name and b".." in name.split(b"/")):
             raise ValueError(f"{self._path}: member {shown(name)} leaves the folder: refused")
         try:
