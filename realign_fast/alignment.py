@@ -371,7 +371,8 @@ def fit(
     num_threads
         By default the cores this process may use.
     text_column, image_column
-        Name of the embeddings in files with several columns; by default "embedding" ("embed" in pickles).
+        Name of the embeddings in files with several columns; by default "embedding" ("embed" in pickles, the only
+        ".npy" of a sample in tars).
     limit
         Read at most so many rows of each side.
     encoder
@@ -411,8 +412,10 @@ def fit(
     """
     solver = get_method(method, options)
     check_on_bad_rows(on_bad_rows)
-    text_source = open_source(text, name="text", key=key, column=text_column, num_threads=num_threads)
-    image_source = open_source(image, name="image", key=key, column=image_column, num_threads=num_threads)
+    text_source = open_source(text, name="text", key=key, column=text_column, side="source", num_threads=num_threads)
+    image_source = open_source(
+        image, name="image", key=key, column=image_column, side="target", num_threads=num_threads
+    )
     _check_readable(text_source, solver, method)
     _check_dims(text_source, image_source)
     sources = text_source, image_source
@@ -476,7 +479,7 @@ def fit_from_moments(
     if solver.reads_again:
         if text is None:
             raise ValueError(f"method {method!r} reads the text rows again: pass text= beside the moments")
-        source = open_source(text, name="text", key=key, column=text_column, num_threads=num_threads)
+        source = open_source(text, name="text", key=key, column=text_column, side="source", num_threads=num_threads)
         _check_readable(source, solver, method)
         _check_dims(source, image_moments)
         reader = reader_for(backend, (source,), on_bad_rows, num_threads, progress=progress)
@@ -549,7 +552,7 @@ def apply_files(
     from .io.writer import rewrite
 
     check_on_bad_rows(on_bad_rows, skip=False)
-    paths = file_paths(text)
+    paths = file_paths(text, side)
     parameters = alignment.parameters_of(side)
     noise = Noise.of(parameters.noise_std if noise_std is None else noise_std, seed, None, ())
     map_rows = _map_for(parameters, backend)

@@ -432,7 +432,9 @@ def _add_limit(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_columns(parser: argparse.ArgumentParser, *, text: bool = False, image: bool = False) -> None:
-    parser.add_argument("--embedding-column", metavar="NAME", help="default: embedding (embed in pickles)")
+    parser.add_argument(
+        "--embedding-column", metavar="NAME", help="default: embedding (embed in pickles, the only .npy in tars)"
+    )
     if text:
         parser.add_argument("--text-column", metavar="NAME", help="the same, for TEXT alone")
     if image:

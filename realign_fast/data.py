@@ -149,14 +149,16 @@ class EmbeddingDataset(Dataset[Sample]):
     Parameters
     ----------
     paths
-        A path, glob, directory or URL, or a list of such: npy, safetensors and uncompressed local arrow files.
+        A path, glob, directory or URL, or a list of such: npy, safetensors and uncompressed arrow files, and WebDataset
+        tars, whose headers are read at the start. In a store, npy and safetensors files.
     alignment
         Maps the rows on their way; they keep their dtype. Noise, which only "c3" has, depends on `seed` and the row.
     column
         As `fit` takes it.
     ids, id_column
         Which column of ids to index: of the arrow files themselves, of the sidecar files that `apply` and `convert`
-        write beside others, or of `ids`, parquet or arrow files that hold one id a row in the order of the rows.
+        write beside others, of the metadata that clip-retrieval writes beside its folders of embeddings, or of `ids`,
+        parquet or arrow files that hold one id a row in the order of the rows. The ids of tars are their keys.
     index
         The file that holds the index: made where it is absent or the files have changed, mapped by every process.
         Without it, the id of a row is its number.

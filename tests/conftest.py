@@ -1,4 +1,6 @@
+import io
 import pickle
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,15 @@ def _write_shard(path: Path, values: NDArray[Any], ids: list[Any] | None = None)
         case ".pkl":
             ids = list(range(len(values))) if ids is None else ids
             path.write_bytes(pickle.dumps([{"id": i, "embed": row.copy()} for i, row in zip(ids, values, strict=True)]))
+        case ".tar":
+            with tarfile.open(path, "w") as tar:
+                for i, row in enumerate(values):
+                    data = io.BytesIO()
+                    np.save(data, row)
+                    member = tarfile.TarInfo(f"{f'{i:06}' if ids is None else ids[i]}.npy")
+                    member.size = data.tell()
+                    data.seek(0)
+                    tar.addfile(member, data)
         case suffix:
             raise ValueError(suffix)
     return path

@@ -1,7 +1,9 @@
 """Data sets and streams over files: every row once, the same after a pause, in workers and ranks, by number or id."""
 
+import gc
 import os
 import pickle
+import warnings
 
 import numpy as np
 import pyarrow as pa
@@ -349,6 +351,46 @@ def test_a_function_for_any_pipeline(alignment, whole):
         function({"x": 1})
     with pytest.raises(ValueError, match="expected a dict with 'other', got Tensor"):
         align_collate(alignment, "other", torch.stack)(list(torch.from_numpy(whole[:4])))
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("form", [None, "numpy", "torch"])
+def test_the_map_of_datasets_takes_it(alignment, whole, form, batched):
+    datasets = pytest.importorskip("datasets")
+    plain = datasets.Dataset.from_dict({"id": list(range(40)), "embedding": whole[:40]})
+    data = plain.with_format(form).map(align(alignment), batched=batched, batch_size=16)
+    found = data.with_format("numpy")
+    assert found["id"][:].tolist() == list(range(40))
+    np.testing.assert_allclose(found["embedding"][:], alignment.transform(whole[:40]), atol=1e-6)
+
+
+def test_the_map_of_webdataset_takes_it(tmp_path, alignment, whole):
+    wds = pytest.importorskip("webdataset")
+    with wds.TarWriter(os.fspath(tmp_path / "a.tar")) as writer:
+        for i, row in enumerate(whole[:20]):
+            writer.write({"__key__": str(i), "npy": row, "txt": f"text {i}"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # it leaves its files open
+        data = wds.WebDataset(os.fspath(tmp_path / "a.tar"), shardshuffle=False)
+        found = list(data.decode().map(align(alignment, "npy")))
+        batches = list(data.decode().to_tuple("npy", "txt").batched(8).map_tuple(alignment.transform))
+        del data
+        gc.collect()
+    mapped = alignment.transform(whole[:20])
+    np.testing.assert_array_equal([each["npy"] for each in found], mapped)
+    assert [each["txt"] for each in found] == [f"text {i}" for i in range(20)]
+    np.testing.assert_allclose(np.concatenate([rows for rows, _ in batches]), mapped, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_map_of_torchdata_takes_it(alignment, whole, num_workers):
+    nodes = pytest.importorskip("torchdata.nodes")
+    samples = [{"embedding": torch.from_numpy(row), "id": i} for i, row in enumerate(whole[:50])]
+    node = nodes.Batcher(nodes.IterableWrapper(samples), 16, drop_last=False)
+    node = nodes.ParallelMapper(node, align_collate(alignment), num_workers=num_workers, method="thread")
+    found = list(nodes.Loader(node))
+    np.testing.assert_array_equal(rows_of(found), alignment.transform(whole[:50]))
+    assert ids_of(found) == list(range(50))
 
 
 def test_noise_without_numbers_of_rows_differs_between_batches(whole):

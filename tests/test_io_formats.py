@@ -16,7 +16,7 @@ from realign_fast.io.formats import FORMATS, open_shard
 from realign_fast.io.sources import open_source
 
 DIM = 13
-SUFFIXES = [".npy", ".parquet", ".arrow", ".safetensors", ".pkl"]
+SUFFIXES = [".npy", ".parquet", ".arrow", ".safetensors", ".pkl", ".tar"]
 FLOATS = ["float16", "float32", "float64"]
 # Less than a row, some rows, all rows.
 BATCH_BYTES = [1, 200, 1 << 20]
@@ -324,7 +324,7 @@ def test_formats_may_be_mixed_and_suffixes_are_read_in_any_case(tmp_path, write_
     for index, suffix in enumerate(SUFFIXES):
         path = write_shard(tmp_path / f"{index}{suffix}", np.full((2, DIM), index + 1, np.float32))
         path.rename(path.with_suffix(suffix.upper()))
-    np.testing.assert_array_equal(rows_of(tmp_path, batch_bytes=60)[:, 0], np.repeat([1, 2, 3, 4, 5], 2))
+    np.testing.assert_array_equal(rows_of(tmp_path, batch_bytes=60)[:, 0], np.repeat([1, 2, 3, 4, 5, 6], 2))
 
 
 def test_the_fingerprint_follows_content_and_order(tmp_path, write_shard):

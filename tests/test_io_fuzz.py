@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 COUNT = 1000
-SUFFIXES = [".npy", ".parquet", ".arrow", ".safetensors", ".pkl"]
+SUFFIXES = [".npy", ".parquet", ".arrow", ".safetensors", ".pkl", ".tar"]
 LARGE = [b"\xff" * 4, b"\xff" * 8, b"\0" * 8, struct.pack("<Q", 1 << 62), struct.pack("<I", (1 << 31) - 1), b"\x80" * 8]
 
 # One line a file; what kills the process is found by the file that has no line.
@@ -45,6 +45,8 @@ def header_span(data, suffix):
             return len(data) - 8 - struct.unpack("<I", data[-8:-4])[0], len(data)
         case ".arrow":
             return (0, 600) if random.Random(len(data)).random() < 0.5 else (len(data) - 700, len(data))
+        case ".tar":
+            return 512 * 4, 512 * 4 + 512
     return 0, len(data)
 
 

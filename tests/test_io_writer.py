@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -34,6 +35,7 @@ from realign_fast.io.writer import convert, rewrite, verify
 DIM = 16
 MANIFEST = "realign-manifest.json"
 SUFFIXES = {"npy": ".npy", "parquet": ".parquet", "arrow": ".arrow", "safetensors": ".safetensors", "pickle": ".pkl"}
+SOURCES = SUFFIXES | {"tar": ".tar"}
 
 
 def values_of(count=50, dtype="float32", seed=0, dim=DIM):
@@ -71,6 +73,9 @@ def ids_in(path):
             return pa.ipc.open_file(path).read_all()["id"].to_pylist()
         case ".pkl":
             return [item["id"] for item in pickle.loads(path.read_bytes())]
+        case ".tar":
+            with tarfile.open(path) as tar:
+                return [name.removesuffix(".npy") for name in tar.getnames()]
 
 
 def hashes(folder):
@@ -91,7 +96,7 @@ def edit_manifest(folder, edit):
 # What is kept
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES.values())
+@pytest.mark.parametrize("suffix", SOURCES.values())
 def test_apply_keeps_names_order_and_ids(tmp_path, write_shard, alignment, suffix):
     values = values_of(120)
     (tmp_path / "in").mkdir()
@@ -107,7 +112,7 @@ def test_apply_keeps_names_order_and_ids(tmp_path, write_shard, alignment, suffi
     assert verify(tmp_path / "out")["ok"]
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES.values())
+@pytest.mark.parametrize("suffix", SOURCES.values())
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_apply_writes_the_dtype_asked_for(tmp_path, write_shard, alignment, suffix, dtype):
     path = write_shard(tmp_path / f"a{suffix}", values_of())
@@ -197,7 +202,7 @@ def test_pickles_keep_keys_and_the_shape_of_arrays(tmp_path, alignment):
     np.testing.assert_array_equal(np.stack([item["embed"] for item in found])[:, 0], alignment.transform(values))
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES.values())
+@pytest.mark.parametrize("suffix", SOURCES.values())
 def test_files_without_rows_are_written_without_rows(tmp_path, write_shard, alignment, suffix):
     (tmp_path / "in").mkdir()
     write_shard(tmp_path / "in" / f"a{suffix}", values_of(0))
@@ -236,7 +241,7 @@ def mapped_by(alignment):
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
-@pytest.mark.parametrize("suffix", [".npy", ".safetensors", ".parquet"])
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors", ".parquet", ".tar"])
 def test_any_number_of_threads_writes_the_same_bytes(tmp_path, write_shard, alignment, suffix, num_threads):
     (tmp_path / "in").mkdir()
     for index in range(11):
@@ -305,7 +310,7 @@ def test_several_blocks_of_one_file_come_out_in_order(tmp_path, alignment):
     np.testing.assert_array_equal(np.load(tmp_path / "out" / "a.npy"), alignment.transform(values))
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES.values())
+@pytest.mark.parametrize("suffix", SOURCES.values())
 def test_the_same_input_gives_the_same_bytes(tmp_path, write_shard, alignment, suffix):
     path = write_shard(tmp_path / f"a{suffix}", values_of(), ids_of(50))
     for out in ("x", "y"):
@@ -318,10 +323,10 @@ def test_the_same_input_gives_the_same_bytes(tmp_path, write_shard, alignment, s
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("target", SUFFIXES)
-@pytest.mark.parametrize("source", SUFFIXES)
+@pytest.mark.parametrize("source", SOURCES)
 def test_every_format_becomes_every_other(tmp_path, write_shard, source, target, dtype):
     values = values_of(dtype=dtype)
-    path = write_shard(tmp_path / f"a{SUFFIXES[source]}", values, ids_of(50))
+    path = write_shard(tmp_path / f"a{SOURCES[source]}", values, ids_of(50))
     summary = convert(path, tmp_path / "out", format=target)
     out = tmp_path / "out" / f"a{SUFFIXES[target]}"
     found = open_source(tmp_path / "out", name="text")
@@ -332,11 +337,12 @@ def test_every_format_becomes_every_other(tmp_path, write_shard, source, target,
 
 
 @pytest.mark.parametrize("target", SUFFIXES)
-@pytest.mark.parametrize("source", ["parquet", "arrow", "pickle"])
+@pytest.mark.parametrize("source", ["parquet", "arrow", "pickle", "tar"])
 def test_ids_go_along_or_beside(tmp_path, write_shard, source, target):
-    path = write_shard(tmp_path / f"a{SUFFIXES[source]}", values_of(), ids_of(50))
+    path = write_shard(tmp_path / f"a{SOURCES[source]}", values_of(), ids_of(50))
     convert(path, tmp_path / "out", format=target)
-    holder = f"a{SUFFIXES[target]}" if target not in ("npy", "safetensors") else f"a.columns{SUFFIXES[source]}"
+    beside = ".parquet" if source == "tar" else SOURCES[source]
+    holder = f"a{SUFFIXES[target]}" if target not in ("npy", "safetensors") else f"a.columns{beside}"
     assert ids_in(tmp_path / "out" / holder) == ids_of(50)
 
 

@@ -1,15 +1,17 @@
 """Writers of each format. Each takes the chunks of one input file and puts them, with their new rows, into a sink.
 
 What a target cannot hold goes into a sidecar in the input's own format: npy and safetensors have no columns, and
-only safetensors has other tensors.
+only safetensors has other tensors. The keys and other members of tars are columns.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,9 +24,11 @@ from ._raw import Blocks, Chunk
 from ._remote import AnyPath
 from ._safetensors import DTYPE_CODES, METADATA, SafetensorsShard
 from ._sink import Sink
+from ._tar import TAR_ID, LoadedTar
+from ._tar_headers import BLOCK_BYTES, padded, with_size
 from .formats import Shard
 
-_GROUP_BYTES = 32 << 20  # embeddings in a parquet row group, which is held in memory
+_GROUP_BYTES = 32 << 20  # embeddings in a parquet row group, which is held in memory, and other columns beside them
 _COPY_BYTES = 1 << 20
 _PICKLE_COLUMN = "embed"
 _PICKLE_ID = "id"
@@ -54,10 +58,7 @@ class NpyEncoder:
     def __init__(self, sink: Sink, num_rows: int, dim: int, dtype: str) -> None:
         self._sink = sink
         self.column: str | None = None
-        header = io.BytesIO()
-        fields = {"descr": storage(dtype).str, "fortran_order": False, "shape": (num_rows, dim)}
-        np.lib.format.write_array_header_1_0(header, fields)
-        sink.write(header.getvalue())
+        sink.write(_npy_header(dtype, (num_rows, dim)))
 
     def write(self, rows: Rows, chunk: Chunk) -> None:
         """Append the values."""
@@ -131,6 +132,65 @@ class SafetensorsEncoder:
                     size -= len(data)
 
 
+class TarEncoder:
+    """`.tar`: the source byte for byte but for the embeddings, which keep their place, header and shape."""
+
+    def __init__(self, sink: Sink, source: LoadedTar, dtype: str) -> None:
+        self._sink = sink
+        self._source = source
+        self.column: str | None = source.column
+        self._starts = {axes: _npy_header(dtype, (1, source.dim)[2 - axes :]) for axes in (1, 2)}
+        self._position = 0
+        self._parts = bytearray()
+
+    def write(self, rows: Rows, chunk: Chunk) -> None:
+        """Append the embeddings, each after what lies before it in the source."""
+        source = self._source
+        with source.path.open("rb", buffering=0) as file:
+            for row, values in enumerate(rows.values, chunk.start):
+                header = int(source.headers[row])
+                self._copy(file.fileno(), header)
+                start = self._starts[int(source.axes[row])]
+                size = len(start) + values.nbytes
+                self._parts += with_size(_bytes_at(source.path, file.fileno(), header, BLOCK_BYTES), size)
+                self._parts += start
+                self._parts += values.tobytes()
+                self._parts += bytes(padded(size) - size)
+                self._position = source.end_of(row)
+        self._flush()
+
+    def close(self) -> None:
+        """Copy what follows the last embedding."""
+        with self._source.path.open("rb", buffering=0) as file:
+            self._copy(file.fileno(), os.fstat(file.fileno()).st_size)
+        self._flush()
+
+    def _copy(self, fd: int, end: int) -> None:
+        while self._position < end:
+            self._parts += _bytes_at(self._source.path, fd, self._position, min(_COPY_BYTES, end - self._position))
+            self._position += min(_COPY_BYTES, end - self._position)
+            if len(self._parts) >= _COPY_BYTES:
+                self._flush()
+
+    def _flush(self) -> None:
+        self._sink.write(self._parts)
+        self._parts = bytearray()
+
+
+def _bytes_at(path: Path, fd: int, offset: int, size: int) -> bytes:
+    data = os.pread(fd, size, offset)
+    if len(data) < size:
+        raise ValueError(f"{path} was truncated while it was read")
+    return data
+
+
+def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    header = io.BytesIO()
+    fields = {"descr": storage(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, fields)
+    return header.getvalue()
+
+
 class PickleEncoder:
     """A pickled list of dicts. A pickle is one object, so all of it is held until `close`."""
 
@@ -179,7 +239,8 @@ class TableEncoder:
     kind
         "parquet", "file" or "stream".
     source
-        A table whose columns are kept, a pickle whose dicts become columns, or anything else, which has none.
+        A table whose columns are kept, a pickle or tar whose dicts or members become columns, or anything else, which
+        has none.
     column
         The embeddings' column; None leaves them out, for a sidecar.
     """
@@ -199,9 +260,13 @@ class TableEncoder:
         self._kind = kind
         self.column = column
         self._columns: Any = None
-        if isinstance(source, LoadedPickle):
-            self._columns = _columns_of(pa, source, rename)
-            schema, place = self._columns.schema, len(self._columns.schema)
+        if isinstance(source, LoadedPickle | LoadedTar):
+            if isinstance(source, LoadedTar):
+                schema = source.schema(rename.get(TAR_ID, TAR_ID))
+            else:
+                self._columns = _columns_of(pa, source, rename)
+                schema = self._columns.schema
+            place = len(schema)
             field = pa.field(column, pa.list_(pa.from_numpy_dtype(dtype), dim)) if column else None
         elif isinstance(source, ParquetShard | ArrowShard):
             place = source.schema.get_field_index(source.column)
@@ -214,7 +279,7 @@ class TableEncoder:
         self._schema = schema if field is None else schema.insert(place, field)
         self._group: NDArray[Any] | None = None
         self._pending: list[Any] = []
-        self._num_pending = 0
+        self._num_pending = self._pending_bytes = 0
         self._dim, self._dtype = dim, dtype
         with arrow_errors(pa, sink.path):
             self._writer = self._open()
@@ -254,12 +319,13 @@ class TableEncoder:
         if self._group is None:
             capacity = max(len(values), _GROUP_BYTES // (values.shape[1] * values.itemsize))
             self._group = np.empty((capacity, values.shape[1]), values.dtype)
-        if self._num_pending + len(values) > len(self._group):
+        if self._num_pending + len(values) > len(self._group) or self._pending_bytes > _GROUP_BYTES:
             self._flush()
         if self.column is not None:
             self._group[self._num_pending : self._num_pending + len(values)] = values
         self._num_pending += len(values)
         self._pending.append(others)
+        self._pending_bytes += sum(column.nbytes for column in others)
 
     def _flush(self) -> None:
         if self._group is None or not self._num_pending:
@@ -267,7 +333,7 @@ class TableEncoder:
         parts = [self._pa.concat_arrays(list(column)) for column in zip(*self._pending, strict=True)]
         batch = self._batch(self._group[: self._num_pending], parts)
         self._writer.write_batch(batch, row_group_size=max(1, batch.num_rows))
-        self._pending, self._num_pending = [], 0
+        self._pending, self._num_pending, self._pending_bytes = [], 0, 0
 
     def _batch(self, values: NDArray[Any], others: list[Any]) -> Any:
         arrays = list(others)
@@ -350,7 +416,11 @@ def open_encoders(
     dtype: str,
 ) -> list[Encoder]:
     """Return the encoder of a file and, where the format `target` cannot hold all of `shard`, that of its sidecar."""
+    if isinstance(shard, LoadedTar) and target == "tar":
+        return [TarEncoder(sink, shard, dtype)]
     name = _column_name(shard, target, column)
+    if isinstance(shard, LoadedTar):
+        _check_extensions(shard, _PICKLE_ID if target == "pickle" else id_column, name)
     main: Encoder
     match target:
         case "npy":
@@ -362,7 +432,8 @@ def open_encoders(
             if isinstance(shard, ParquetShard | ArrowShard):
                 _check_plain(import_pyarrow(shard.path), shard.path, shard.schema, shard.column)
                 _check_rename(shard, shard.schema.names, id_column, _PICKLE_ID)
-            main = PickleEncoder(sink, shard, name, {id_column: _PICKLE_ID})
+            rename = {} if isinstance(shard, LoadedTar) else {id_column: _PICKLE_ID}
+            main = PickleEncoder(sink, shard, name, rename)
         case _:
             if isinstance(shard, LoadedPickle) and shard.dicts:
                 _check_rename(shard, list(shard.dicts[0]), _PICKLE_ID, id_column)
@@ -376,6 +447,8 @@ def open_encoders(
             return [main, TableEncoder(sidecar(), kind, shard, None, dim, dtype, {})]
         if isinstance(shard, LoadedPickle) and any(len(item) > 1 for item in shard.dicts):
             return [main, PickleEncoder(sidecar(), shard, None, {})]
+        if isinstance(shard, LoadedTar):
+            return [main, TableEncoder(sidecar(), "parquet", shard, None, dim, dtype, {TAR_ID: id_column})]
     return [main]
 
 
@@ -389,6 +462,8 @@ def _column_name(shard: Shard, target: str, column: str | None) -> str:
     }
     if target in same and isinstance(shard, same[target]) and shard.column:
         return str(shard.column)
+    if isinstance(shard, LoadedTar):  # `column` is an extension
+        column = None
     return column or (_PICKLE_COLUMN if target == "pickle" else DEFAULT_COLUMN)
 
 
@@ -403,11 +478,16 @@ def _check_rename(shard: Shard, names: list[str], old: str, new: str) -> None:
         )
 
 
-def needs_columns(shard: Shard) -> bool:
-    """Return whether the chunks of `shard` carry more than rows."""
-    return isinstance(shard, ParquetShard | ArrowShard | LoadedPickle)
+def _check_extensions(shard: LoadedTar, *columns: str) -> None:
+    for name in columns:
+        if name in shard.extensions:
+            raise ValueError(
+                f"{shard.path}: its members .{name} would be a second column {name!r}: rename them, or the ids by "
+                "id_column"
+            )
 
 
-def read(shard: Shard, blocks: Blocks) -> Generator[Chunk, None, None]:
-    """Read the chunks of `shard` with all that encoders need."""
-    return shard.chunks(blocks, columns=needs_columns(shard))
+def read(shard: Shard, target: str, blocks: Blocks) -> Generator[Chunk, None, None]:
+    """Read the chunks of `shard` with all that encoders of the format `target` need."""
+    has_columns = isinstance(shard, ParquetShard | ArrowShard | LoadedPickle | LoadedTar) and target != "tar"
+    return shard.chunks(blocks, columns=has_columns)

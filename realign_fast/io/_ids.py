@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from .. import _C
 from .._files import replacing
+from ._layouts import metadata_of
 from ._random import RandomRows
 from ._remote import AnyPath, RemotePath, state_of
 from ._safetensors import parse
+from ._tar import TAR_ID, TarShard
 from .formats import format_of
 from .sources import SIDECAR
 
@@ -100,8 +102,8 @@ def open_ids(path: Path, rows: RandomRows, id_column: str, id_paths: list[AnyPat
     id_column
         Its name.
     id_paths
-        Parquet or arrow files that hold the ids of all rows in order; None: the arrow files of the rows, or for each
-        other file its sidecar.
+        Parquet or arrow files that hold the ids of all rows in order; None: the arrow files and tars of the rows, for
+        each other file its sidecar or, where it lies as clip-retrieval writes it, the metadata of its number.
 
     Raises
     ------
@@ -115,26 +117,34 @@ def open_ids(path: Path, rows: RandomRows, id_column: str, id_paths: list[AnyPat
         ids = Ids(path)
         if ids.made_from == made_from:
             return ids
-    _write(path, sources, rows, id_column, made_from)
+    _write(path, sources, rows, id_column, made_from, of_each_file=id_paths is None)
     return Ids(path)
 
 
 def _id_file(path: AnyPath) -> Path:
     """Return the file that holds the ids of a file's rows."""
     if isinstance(path, Path):
-        if format_of(path) == "arrow":
+        if format_of(path) in ("arrow", "tar"):
             return path
         for suffix in (".parquet", ".arrow"):
             sidecar = path.with_name(path.stem + SIDECAR + suffix)
             if sidecar.exists():
                 return sidecar
+        if (metadata := metadata_of(path)) is not None:
+            return metadata
     raise ValueError(f"{path} has no ids: pass ids=, parquet or arrow files that hold them, in the order of the rows")
 
 
-def _write(path: Path, sources: list[AnyPath], rows: RandomRows, id_column: str, made_from: Any) -> None:
+def _write(
+    path: Path, sources: list[AnyPath], rows: RandomRows, id_column: str, made_from: Any, *, of_each_file: bool
+) -> None:
     from safetensors.numpy import save_file
 
-    offsets, text, integers = _read_ids(sources, id_column)
+    offsets, text, integers, counts = _read_ids(sources, id_column, rows.column)
+    if of_each_file:
+        for file, source, expected, count in zip(rows.paths, sources, rows.rows_of_files(), counts, strict=True):
+            if count != expected:
+                raise ValueError(f"{source} holds {count} ids, {file} has {expected} rows")
     if len(offsets) - 1 != rows.num_rows:
         raise ValueError(f"expected ids of {rows.num_rows} rows, {sources[0]} ... hold {len(offsets) - 1}")
     hashes = np.empty(len(offsets) - 1, np.uint64)
@@ -173,30 +183,38 @@ def _refuse_repeats(
             )
 
 
-def _read_ids(sources: list[AnyPath], id_column: str) -> tuple[NDArray[np.int64], NDArray[np.uint8], bool]:
-    """Return offsets `(n + 1,)`, the text and whether the ids are integers."""
-    lengths, texts, kinds = [np.zeros(0, np.int64)], [], set()
+def _read_ids(
+    sources: list[AnyPath], id_column: str, column: str | None
+) -> tuple[NDArray[np.int64], NDArray[np.uint8], bool, list[int]]:
+    """Return offsets `(n + 1,)`, the text, whether the ids are integers, and how many each file has."""
+    lengths, texts, kinds = [], [], set()
     for path in sources:
-        column, is_integer = _id_column(path, id_column)
-        if not len(column):
+        ids, is_integer = _id_column(path, id_column, column)
+        if not len(ids):
+            lengths.append(np.zeros(0, np.int64))
             continue
         kinds.add(is_integer)
-        offsets = np.frombuffer(column.buffers()[1], np.int64)[column.offset :][: len(column) + 1]
+        offsets = np.frombuffer(ids.buffers()[1], np.int64)[ids.offset :][: len(ids) + 1]
         lengths.append(np.diff(offsets))
-        if column.buffers()[2] is not None:
-            texts.append(np.frombuffer(column.buffers()[2], np.uint8)[offsets[0] : offsets[-1]])
+        if ids.buffers()[2] is not None:
+            texts.append(np.frombuffer(ids.buffers()[2], np.uint8)[offsets[0] : offsets[-1]])
     if len(kinds) > 1:
         raise ValueError(f"{id_column!r} is text in some files and integers in others")
     counts = np.concatenate(lengths)
     text = np.concatenate(texts) if texts else np.zeros(0, np.uint8)
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), text, kinds == {True}
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return offsets, text, kinds == {True}, [len(each) for each in lengths]
 
 
-def _id_column(path: AnyPath, name: str) -> tuple[Any, bool]:
+def _id_column(path: AnyPath, name: str, embedding_column: str | None) -> tuple[Any, bool]:
     """Return the ids of a file as one large_string array, and whether they were integers."""
     from ._arrow import arrow_errors, import_pyarrow
 
     pa = import_pyarrow(path)
+    if isinstance(path, Path) and format_of(path) == "tar":
+        if name != TAR_ID:
+            raise ValueError(f"{path}: the ids of a tar are its keys: leave id_column at {TAR_ID!r}, got {name!r}")
+        return pa.array(list(TarShard(path, embedding_column).keys()), pa.large_string()), False
     with arrow_errors(pa, path), path.open() if isinstance(path, RemotePath) else pa.memory_map(str(path)) as file:
         if format_of(path) == "parquet":
             from pyarrow import parquet

@@ -19,7 +19,9 @@ FORMATS = {
     ".arrow": "arrow",
     ".pkl": "pickle",
     ".pickle": "pickle",
+    ".tar": "tar",
 }
+_COMPRESSED_TARS = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 class Shard(Protocol):
@@ -29,7 +31,7 @@ class Shard(Protocol):
     ----------
     path : Path or RemotePath
     num_rows : int or None
-        None where only reading tells (pickles).
+        None where only reading tells (pickles and tars).
     dim : int
         0 where not known: pickles, and tables of lists without rows.
     dtype : str
@@ -103,10 +105,10 @@ def open_shard(path: AnyPath, column: str | None = None) -> Shard:
     Parameters
     ----------
     path
-        A `.npy`, `.safetensors`, `.parquet`, `.arrow` or `.pkl` file, here or in a store.
+        A `.npy`, `.safetensors`, `.parquet`, `.arrow`, `.pkl` or `.tar` file, here or in a store.
     column
         The column, tensor or key of the embeddings; by default "embedding", in pickles also "embed", in safetensors
-        also the only 2-D float tensor.
+        also the only 2-D float tensor. In tars, the extension of their members; by default the only `.npy` of a sample.
 
     Raises
     ------
@@ -131,7 +133,7 @@ def open_shard(path: AnyPath, column: str | None = None) -> Shard:
             from ._arrow import ParquetShard
 
             return ParquetShard(path, column)
-        case "arrow" | "pickle" if isinstance(path, RemotePath):
+        case "arrow" | "pickle" | "tar" if isinstance(path, RemotePath):
             return CopiedShard(path, column)
         case "arrow" if isinstance(path, Path):
             from ._arrow import ArrowShard
@@ -141,8 +143,12 @@ def open_shard(path: AnyPath, column: str | None = None) -> Shard:
             from ._pickles import PickleShard
 
             return PickleShard(path, column)
+        case "tar" if isinstance(path, Path):
+            from ._tar import TarShard
+
+            return TarShard(path, column)
         case _:
-            raise ValueError(f"{path}: the suffix {path.suffix!r} is unknown, expected one of {', '.join(FORMATS)}")
+            raise ValueError(unknown(path))
 
 
 def open_shards(paths: list[AnyPath], column: str | None = None) -> list[Shard]:
@@ -159,3 +165,15 @@ def plan(shards: Iterable[Shard]) -> Iterator[tuple[RemotePath, int, int]]:
         if isinstance(shard, RangedShard) and isinstance(shard.path, RemotePath):
             for begin, end in shard.ranges:
                 yield shard.path, begin, end
+
+
+def is_compressed_tar(path: AnyPath) -> bool:
+    """Return whether the suffix of `path` is one of compressed tars."""
+    return path.name.lower().endswith(_COMPRESSED_TARS)
+
+
+def unknown(path: AnyPath) -> str:
+    """Return what to say of a file whose suffix stands for no format."""
+    if is_compressed_tar(path):
+        return f"{path}: compressed tars are not read: decompress it first"
+    return f"{path}: the suffix {path.suffix!r} is unknown, expected one of {', '.join(FORMATS)}"

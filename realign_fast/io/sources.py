@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -21,10 +21,11 @@ from .._ranks import Ranks
 from .._rows import as_rows, dtype_name, is_tensor
 from ..backends import count_threads
 from ._fingerprint import combined, fingerprint
+from ._layouts import listed_files, side_of
 from ._prefetch import prefetch
 from ._raw import Blocks, as_they_were
 from ._remote import AnyPath, FetchAhead, RemotePath, is_url, list_files, size_of
-from .formats import FORMATS, format_of, open_shards, plan
+from .formats import FORMATS, format_of, is_compressed_tar, open_shards, plan, unknown
 
 # Small enough that a kernel finds in the last-level cache what the reader has just copied there, even where three
 # blocks are in flight; large enough to be worth several threads.
@@ -117,6 +118,7 @@ def open_source(
     name: str,
     key: str | None = None,
     column: str | None = None,
+    side: Literal["source", "target"] | None = None,
     batch_bytes: int = BATCH_BYTES,
     num_threads: int | None = None,
 ) -> Source:
@@ -133,7 +135,10 @@ def open_source(
         Where the embeddings lie in dict batches.
     column
         Which column of a table, tensor of a safetensors file or key of a pickle holds the embeddings: by default
-        "embedding", in pickles also "embed", in safetensors also the only 2-D float tensor.
+        "embedding", in pickles also "embed", in safetensors also the only 2-D float tensor. In tars, the extension of
+        their members; by default the only `.npy` of a sample.
+    side
+        Which side of a folder that holds both is meant.
     batch_bytes
         About how large a batch is.
     num_threads
@@ -153,7 +158,7 @@ def open_source(
     if isinstance(data, np.ndarray) or is_tensor(data):
         return _ArraySource(data, name, batch_bytes)
     if _is_path(data) or (isinstance(data, list | tuple) and data and all(_is_path(item) for item in data)):
-        return _FileSource(file_paths(data), name, column, batch_bytes, count_threads(num_threads))
+        return _FileSource(file_paths(data, side), name, column, batch_bytes, count_threads(num_threads))
     if isinstance(data, list | tuple):
         if not data:
             raise ValueError(f"{name} is an empty {type(data).__name__}: expected paths or batches")
@@ -372,11 +377,12 @@ def _sum_of(counts: Iterable[int | None]) -> int | None:
     return total
 
 
-def file_paths(data: Any) -> list[AnyPath]:
+def file_paths(data: Any, side: Literal["source", "target"] | None = None) -> list[AnyPath]:
     """Return the files that a path, a glob, a directory, a URL of such or a list of these stands for.
 
     The contents of a directory and the matches of a glob come in natural order (`a_2` before `a_10`), without hidden
-    files, manifests and, where some have a known suffix, files without.
+    files, manifests and, where some have a known suffix, files without. A dataset saved by Hugging Face `datasets`
+    lists its files. Of a folder of clip-retrieval, `side` tells which of its folders is meant.
 
     Raises
     ------
@@ -387,10 +393,10 @@ def file_paths(data: Any) -> list[AnyPath]:
     OSError
         If a store refuses, or still fails after some tries.
     ValueError
-        If a directory holds only files of unknown suffix.
+        If a directory holds only files of unknown suffix, several splits, or both sides and none is asked for.
     """
     if isinstance(data, list | tuple):
-        return [path for item in data for path in file_paths(item)]
+        return [path for item in data for path in file_paths(item, side)]
     text = os.fspath(data)
     if not isinstance(text, str):
         raise TypeError(f"a path must be text, got {text!r}")
@@ -399,7 +405,9 @@ def file_paths(data: Any) -> list[AnyPath]:
         return [*remote] if [str(path) for path in remote] == [text] else _shards_among(remote, text)
     path = Path(text.removeprefix("file://"))
     if path.is_dir():
-        return _shards_among(_files_among(path.iterdir()), path)
+        path = side_of(path, side)
+        listed = listed_files(path)
+        return _shards_among(_files_among(path.iterdir()), path) if listed is None else [*listed]
     if path.exists():
         return [path]
     if glob.has_magic(str(path)):
@@ -418,6 +426,8 @@ def _shards_among(candidates: Sequence[AnyPath], where: object) -> list[AnyPath]
     stems = {(str(path.parent), path.stem) for path in files}
     known = [path for path in files if format_of(path) and not _is_sidecar(path, stems)]
     if not known:
+        if is_compressed_tar(files[0]):
+            raise ValueError(unknown(files[0]))
         raise ValueError(
             f"{where} holds no file of a known suffix ({', '.join(FORMATS)}), for instance {files[0].name}"
         )

@@ -33,7 +33,8 @@ from ._prefetch import prefetch
 from ._raw import Blocks, Chunk
 from ._remote import AnyPath, FetchAhead, RemotePath, copy_to, naming, size_of
 from ._sink import Sink
-from .formats import FORMATS, Shard, format_of, open_shard
+from ._tar import LoadedTar, TarShard
+from .formats import Shard, format_of, open_shard, unknown
 from .sources import BATCH_BYTES, MANIFEST, SIDECAR, file_paths
 
 Transform = Callable[[Rows, Rows, int, int], tuple[int, int, int]]
@@ -69,6 +70,10 @@ def rewrite(
     Row order, ids, other columns, other tensors and metadata are kept. What a format cannot hold goes beside the file,
     as the rest of the input in the input's format: `NAME.columns.SUFFIX` for tables and pickles that become npy or
     safetensors, and for other tensors of safetensors. Readers of folders know such files and leave them out.
+
+    Tars stay as they are but for the embeddings. In other formats each key is an id, and the other members of a sample
+    are columns named after their extensions: `.txt`, `.json` and `.cls` of text, others of bytes. Beside npy and
+    safetensors these go into `NAME.columns.parquet`.
 
     In pickles ids lie under "id" and embeddings under "embed" (rows without ids get their number); in tables under
     `id_column` and `column`. Files that stay in their format keep their names. Lists in pickles become arrays.
@@ -144,7 +149,7 @@ def rewrite(
         first = open_shard(left[0].source, column) if left else None
         run = _Run(mine, transform, column, id_column, dtype, journal, progress, first)
         run.do(count_threads(num_threads))
-        of_all = ranks.gather((journal.entries, run.widened))
+        of_all = ranks.gather((journal.entries, run.notes))
         for entries_of_one, _ in of_all:
             journal.entries |= entries_of_one
         if ranks.first:
@@ -152,7 +157,6 @@ def rewrite(
     finally:
         journal.close()
     entries = journal.entries.values()
-    widened = "bfloat16 became float32, which loses nothing: only safetensors holds bfloat16"
     return {
         "files": len(entries),
         "skipped_files": len(finished),
@@ -160,7 +164,7 @@ def rewrite(
         "bytes": sum(output["size"] for entry in entries for output in _manifest.outputs_of(entry)),
         "bad_rows": sum(entry["bad_rows"] for entry in entries),
         "seconds": round(time.monotonic() - began, 3),
-        "notes": [widened] if any(has_widened for _, has_widened in of_all) else [],
+        "notes": sorted(set[str]().union(*(notes for _, notes in of_all))),
     }
 
 
@@ -227,9 +231,9 @@ def _plan(paths: list[AnyPath], folder: Path, wanted: str) -> list[_Target]:
                 )
         found = format_of(path)
         if found is None:
-            raise ValueError(f"{path}: the suffix {path.suffix!r} is unknown, expected one of {', '.join(FORMATS)}")
+            raise ValueError(unknown(path))
         name = path.name if wanted in ("same", found) else path.stem + _SUFFIXES[wanted]
-        sidecar = folder / f"{path.stem}{SIDECAR}{path.suffix}"
+        sidecar = folder / f"{path.stem}{SIDECAR}{'.parquet' if found == 'tar' else path.suffix}"
         target = _Target(path, found if wanted == "same" else wanted, folder / name, sidecar, number)
         for output in target.names:
             if output in taken:
@@ -388,7 +392,7 @@ class _Run:
         progress: Callable[[int], None] | None,
         first: Shard | None,
     ) -> None:
-        self.widened = False
+        self.notes: set[str] = set()
         self.transform = transform
         self.column, self.id_column = column, id_column
         self._dtype = dtype
@@ -468,7 +472,10 @@ class _Run:
         dim = shard.dim or (first.dim if first else 0)
         dtype = self._dtype or shard.dtype or (first.dtype if first else "float32")
         if dtype == "bfloat16" and target.format != "safetensors":
-            dtype, self.widened = "float32", True
+            dtype = "float32"
+            self.notes.add("bfloat16 became float32, which loses nothing: only safetensors holds bfloat16")
+        if isinstance(shard, LoadedTar) and shard.stray is not None and target.format != "tar":
+            self.notes.add(f"{shard.path}: members of no sample are left out, the first is {shard.stray!r}")
         if dim == 0 and target.format != format_of(shard.path):
             raise ValueError(f"{shard.path} has no rows and states no dimension: leave it out")
         output = _Output(target, shard, shard.num_rows or 0, dim, dtype)
@@ -536,11 +543,11 @@ class _Lane:
 
     def _rewrite(self, index: int, target: _Target, path: Path, writer: ThreadPoolExecutor) -> None:
         shard = open_shard(path, self._run.column)
-        if isinstance(shard, PickleShard):
+        if isinstance(shard, PickleShard | TarShard):
             shard = shard.load()
         output = self._run.begin(target, shard)
         blocks = self._decoded if shard.decoded else self._raw
-        chunks = read(shard, blocks)
+        chunks = read(shard, target.format, blocks)
         for chunk in prefetch(chunks, _DEPTH) if shard.decoded else chunks:
             if self._run.given_up(index):
                 return
