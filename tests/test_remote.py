@@ -27,7 +27,7 @@ pytest.importorskip("aiohttp")
 
 DIM = 48
 COUNTS = (300, 1, 0, 77, 1200)
-SUFFIXES = ("npy", "safetensors", "parquet", "arrow", "pkl")
+SUFFIXES = ("npy", "safetensors", "parquet", "arrow", "pkl", "tar")
 
 
 def make(count, seed=0, dtype=np.float32):

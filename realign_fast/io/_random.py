@@ -220,7 +220,7 @@ class RandomRows:
         read_into(requests)
 
     def _in_small_pieces(self, start: int, count: int) -> bool:
-        if count < 2:
+        if count < 2 or self._remote:
             return False
         first, last = np.searchsorted(self._ends, [start, start + count - 1], side="right")
         return bool(last - first > count // _SMALL_PIECE_ROWS)
