@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from .. import _C
 from .._files import replacing
-from ._random import RandomRows, state_of
+from ._fingerprint import state_of
+from ._random import RandomRows
 from ._safetensors import parse
 from .formats import format_of
 from .sources import SIDECAR

@@ -84,6 +84,13 @@ def new_head(job: dict[str, Any], inputs: list[dict[str, str]]) -> dict[str, Any
     return {"format": FORMAT_VERSION, "package": __version__, "job": job, "inputs": inputs}
 
 
+def check_same_job(where: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise ValueError, naming the first of them, where options differ."""
+    for key in sorted({*before, *now}):
+        if before.get(key) != now.get(key):
+            raise ValueError(f"{where} holds another job: {key} was {before.get(key)!r}, now it is {now.get(key)!r}")
+
+
 def load(folder: Path) -> Manifest | None:
     """Read the journal of `folder`, or else its manifest; None where there is neither.
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from .. import _C
 from .._dtypes import storage
 from ._arrow import ArrowShard
+from ._fingerprint import state_of
 from ._npy import NpyShard
 from ._raw import Layout
 from ._safetensors import SafetensorsShard
@@ -159,12 +160,6 @@ class RandomRows:
             raise ValueError(f"{self.paths[file]} has changed since it was opened: size or time of change differ")
         self._open[file] = fd
         return fd
-
-
-def state_of(path: Path) -> list[int]:
-    """Return what changes when a file does: its size and time of change."""
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
 
 
 def _layouts(path: Path, column: str | None) -> list[Layout]:

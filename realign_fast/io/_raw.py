@@ -76,16 +76,17 @@ def check_shape(path: Path, num_rows: int, dim: int) -> None:
         raise ValueError(f"{path}: expected rows of dimension 1 to {MAX_DIM}, got shape ({num_rows}, {dim})")
 
 
-def read_layout(path: Path, layout: Layout, blocks: Blocks) -> Generator[Chunk, None, None]:
-    """Read the rows block after block."""
+def read_layout(path: Path, layout: Layout, blocks: Blocks, first: int = 0) -> Generator[Chunk, None, None]:
+    """Read the rows, from row `first` on, block after block."""
     dtype = storage(layout.dtype)
     step = blocks.num_rows(layout.dim * dtype.itemsize)
     with path.open("rb", buffering=0) as file:
         fd, row_bytes = file.fileno(), layout.dim * dtype.itemsize
         if not layout.fortran:
-            os.posix_fadvise(fd, layout.offset, 0, os.POSIX_FADV_SEQUENTIAL)
-            os.posix_fadvise(fd, layout.offset, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
-        for start in range(0, layout.num_rows, step):
+            offset = layout.offset + first * row_bytes
+            os.posix_fadvise(fd, offset, 0, os.POSIX_FADV_SEQUENTIAL)
+            os.posix_fadvise(fd, offset, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+        for start in range(first, layout.num_rows, step):
             if not layout.fortran:  # the disk reads on while this block is at work
                 ahead = layout.offset + start * row_bytes + _AHEAD_BYTES
                 os.posix_fadvise(fd, ahead, step * row_bytes, os.POSIX_FADV_WILLNEED)

@@ -6,7 +6,8 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Protocol
 
-from ._raw import Blocks, Chunk
+from .._dtypes import Rows
+from ._raw import Blocks, Chunk, Layout, read_layout
 
 FORMATS = {
     ".npy": "npy",
@@ -48,6 +49,18 @@ class Shard(Protocol):
     def chunks(self, blocks: Blocks, *, columns: bool = False) -> Generator[Chunk, None, None]:
         """Read the rows in order, into `blocks` or as views of memory of their own; with other columns if asked."""
         ...
+
+
+def chunks_from(shard: Shard, blocks: Blocks, start: int) -> Generator[Chunk, None, None]:
+    """Read the rows of `shard` from row `start` on; those before that lie as they are used are not even touched."""
+    layout: Layout | None = getattr(shard, "layout", None)
+    if layout is not None:
+        yield from read_layout(shard.path, layout, blocks, start)
+        return
+    for chunk in shard.chunks(blocks):
+        skipped = min(max(0, start - chunk.start), len(chunk.rows.values))
+        if skipped < len(chunk.rows.values):
+            yield Chunk(Rows(chunk.rows.values[skipped:], chunk.rows.dtype), chunk.start + skipped)
 
 
 def format_of(path: Path) -> str | None:

@@ -278,10 +278,7 @@ def _take_over(
 
 
 def _check_same_job(folder: Path, manifest: Manifest, head: dict[str, Any]) -> None:
-    old, new = manifest.head["job"], json.loads(json.dumps(head["job"]))
-    for key in sorted({*old, *new}):
-        if old.get(key) != new.get(key):
-            raise ValueError(f"{folder} holds another job: {key} was {old.get(key)!r}, now it is {new.get(key)!r}")
+    _manifest.check_same_job(str(folder), manifest.head["job"], json.loads(json.dumps(head["job"])))
     before = {item["name"]: item["fingerprint"] for item in manifest.head["inputs"]}
     now = {item["name"]: item["fingerprint"] for item in head["inputs"]}
     for name in sorted({*before, *now}):
