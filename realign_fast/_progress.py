@@ -12,7 +12,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 @contextmanager
 def progress(
-    description: str, total: int | None, *, enabled: bool, unit: str = "rows", initial: int = 0
+    description: str, total: int | None, initial: int = 0, *, enabled: bool = True, unit: str = "rows"
 ) -> Iterator[Callable[[int], None]]:
     """Yield a function that is told how many more rows (or whatever `unit` names) are done.
 

@@ -47,6 +47,11 @@ class Ranks:
         """Whether this is the process that decides, writes and speaks for all."""
         return self.rank == 0
 
+    @property
+    def label(self) -> str:
+        """What progress is that of this process alone, in words; empty where there is no other."""
+        return "" if self.size == 1 else f", share {self.rank + 1} of {self.size}"
+
     def gather(self, value: T) -> list[T]:
         """Return, in every process, the values of all."""
         return [value]

@@ -253,10 +253,9 @@ def reader_for(
         If a backend asked for by name cannot run, several processes are to stop at a limit, or a read that is not kept
         is to be resumed.
     """
-    if ranks.size > 1:
-        if options.get("limit") is not None:
-            raise ValueError("a limit needs the rows in order: read them in one process, without torchrun")
-        options["share"] = f", share {ranks.rank + 1} of {ranks.size}"
+    if ranks.size > 1 and options.get("limit") is not None:
+        raise ValueError("a limit needs the rows in order: read them in one process, without torchrun")
+    options["share"] = ranks.label
     check_has_kernels(backend, "a fit")
     devices = {source.device for source in sources if source.device is not None}
     if len(devices) > 1:

@@ -28,7 +28,7 @@ from ._sample import Sample
 from ._steps import Affine, Noise, frozen
 from ._transform import Steps, transform_by, transform_rows
 from .backends import check_has_kernels, choose, find_device
-from .io.sources import Batch, Done, Source, count_rows, file_paths, open_source
+from .io.sources import Batch, Done, Source, file_paths, open_source
 from .methods import Method, Parameters, Solution, check_sets, get_method, unit_length
 from .moments import Moments, OnBadRows, Precision, check_on_bad_rows
 
@@ -619,23 +619,21 @@ def apply_files(
     job: dict[str, Any] = {"alignment": alignment.fingerprint, "side": side, "on_bad_rows": on_bad_rows}
     if noise is not None:
         job |= {"noise_std": noise.std, "seed": noise.seed}
-    total = count_rows(paths, column) if progress and ranks.size == 1 else None  # each shows what it does itself
-    with show_progress("apply", total, enabled=progress) as advance:
-        return rewrite(
-            paths,
-            out_dir,
-            transform=transform,
-            column=column,
-            id_column=id_column,
-            dtype=dtype,
-            format=format,
-            job=job,
-            resume=resume,
-            overwrite=overwrite,
-            num_threads=num_threads,
-            progress=advance,
-            ranks=ranks,
-        )
+    return rewrite(
+        paths,
+        out_dir,
+        transform=transform,
+        column=column,
+        id_column=id_column,
+        dtype=dtype,
+        format=format,
+        job=job,
+        resume=resume,
+        overwrite=overwrite,
+        num_threads=num_threads,
+        progress=partial(show_progress, f"apply{ranks.label}") if progress else None,
+        ranks=ranks,
+    )
 
 
 def _map_for(parameters: Parameters, backend: str) -> Callable[[Rows, Rows, int, Noise | None], tuple[int, int, int]]:

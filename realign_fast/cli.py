@@ -213,6 +213,7 @@ def _convert(arguments: argparse.Namespace) -> dict[str, Any]:
         id_column=arguments.id_column,
         resume=arguments.resume,
         overwrite=arguments.overwrite,
+        progress=True,
     )
     return {"command": "convert", "output": str(arguments.output), **summary}
 

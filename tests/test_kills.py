@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -76,10 +77,8 @@ class Job:
 
     def kill(self) -> None:
         """Kill all of it."""
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         for rank in self._left():
             os.kill(rank, signal.SIGKILL)
         self.process.communicate(timeout=60)

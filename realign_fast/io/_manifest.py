@@ -2,7 +2,9 @@
 
 Manifest, format version 1: `format`, `package` (the version that wrote it), `job` (what was asked for), `inputs` (name
 and fingerprint of each, in order) and `files`, one entry an output in the same order: `name`, `input`, `rows`, `dim`,
-`dtype`, `column`, `size`, `xxh64`, `bad_rows`, and `sidecar` (name, size and xxh64 of a second file, or null).
+`dtype`, `column`, `size`, `xxh64`, `bad_rows`, `sidecar` (name, size and xxh64 of a second file, or null), and `ids`,
+of the input's ids in their order (their column in the output, or its sidecar, and hashes, see `_id_order`; null where
+it has none, absent where an older version wrote it).
 
 The journal holds one JSON object a line: first the manifest's head without `files` and with `former` (the files of an
 overwritten job; what is not replaced goes when this one ends), then one entry for each finished file. It becomes the
@@ -40,8 +42,10 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "xxh64": (str,),
     "bad_rows": (int,),
     "sidecar": (dict, type(None)),
+    "ids": (dict, type(None)),
 }
 _SIDECAR_FIELDS: dict[str, tuple[type, ...]] = {"name": (str,), "size": (int,), "xxh64": (str,)}
+_IDS_FIELDS: dict[str, tuple[type, ...]] = {"column": (str,), "xxh64": (list,)}
 
 Entry = dict[str, Any]
 
@@ -171,6 +175,8 @@ def check_entry(path: Path, entry: Any) -> None:
     if entry["sidecar"] is not None:
         _check_fields(path, entry["sidecar"], _SIDECAR_FIELDS)
         check_name(path, entry["sidecar"]["name"])
+    if entry.get("ids") is not None:
+        _check_fields(path, entry["ids"], _IDS_FIELDS)
 
 
 def _check_fields(path: Path, value: Any, fields: dict[str, tuple[type, ...]]) -> None:
