@@ -544,7 +544,7 @@ def test_the_program_prints_one_object_and_its_progress_elsewhere(folder):
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     assert json.loads(line)["output"] == "a.safetensors"
-    assert "read text: 300 of 300 rows" in done.stderr
+    assert "read text (3 of 3): 300 of 300 rows" in done.stderr
     assert "gap before" in done.stderr
     done = program("apply", "a.safetensors", "text", "-o", "out", cwd=folder)
     assert done.returncode == 0, done.stderr

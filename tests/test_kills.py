@@ -23,7 +23,7 @@ from realign_fast.io.writer import verify
 DIM = 24
 # The intervals between writes are shorter than a batch takes, and samples small, so that each is quick.
 DRIVER = """
-import os, sys
+import os, sys, time
 from realign_fast import _checkpoint, _sample, cli
 from realign_fast.io import writer
 _checkpoint.INTERVAL, _checkpoint._PATIENCE = float(sys.argv[2]), 0
@@ -33,23 +33,27 @@ def marked(owner, name):
     inner = getattr(owner, name)
     def call(*arguments):
         os.write(marks, b".")
+        time.sleep(float(sys.argv[3]))
         return inner(*arguments)
     setattr(owner, name, call)
 marked(_checkpoint.Checkpoint, "tick")
 marked(writer._Run, "advance")
-sys.exit(cli.main(sys.argv[3:]))
+sys.exit(cli.main(sys.argv[4:]))
 """
 
 
 class Job:
     """A command that leaves marks, in one process or in several."""
 
-    def __init__(self, folder: Path, *arguments: object, num_ranks: int = 1, interval: float = 0) -> None:
+    def __init__(
+        self, folder: Path, *arguments: object, num_ranks: int = 1, interval: float = 0, pause: float = 0
+    ) -> None:
         self.marks = folder / f"marks-{os.urandom(4).hex()}"
         driver = folder / "driver.py"
         driver.write_text(DRIVER)
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-        command = [sys.executable, *(launcher if num_ranks > 1 else []), driver, self.marks, interval, *arguments]
+        command = [sys.executable, *(launcher if num_ranks > 1 else []), driver]
+        command += [self.marks, interval, pause, *arguments]
         self.process = subprocess.Popen(
             list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -239,3 +243,49 @@ def test_a_fit_of_ranks_killed_again_and_again_goes_on_to_the_same_bytes(data, t
     last.done()
     assert (tmp_path / "a.safetensors").read_bytes() == (data / "a.safetensors").read_bytes()
     assert not list(tmp_path.glob(".*"))
+
+
+# ---- SIGTERM --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("command", ["fit", "apply"])
+def test_a_job_that_is_asked_to_end_says_so_once_and_goes_on(data, tmp_path, marks_of_fit, command, num_ranks):
+    """Of several ranks torchrun is asked: the same signal as that of a rank that was lost, but not the same line."""
+    output = tmp_path / "a.safetensors"
+    arguments = ("fit", data / "text", data / "image", "--refine", 1, "-o", output)
+    if command == "apply":
+        arguments = ("apply", data / "a.safetensors", data / "text", "-o", output)
+    job = Job(tmp_path, *arguments, num_ranks=num_ranks, interval=1e6, pause=0.1)
+    job.wait_for(4)
+    job.process.send_signal(signal.SIGTERM)
+    code, stdout, stderr = job.end()
+    assert stdout == ""
+    assert code == 143 if num_ranks == 1 else code != 0
+    lines = [line for line in stderr.splitlines() if line.startswith("realign ")]
+    where = tmp_path / ".a.safetensors.partial" if command == "fit" else output
+    what = "what was read is" if command == "fit" else "finished files are"
+    assert lines == [f"realign {command}: stopped by SIGTERM: {what} kept in {where}, go on with --resume"], stderr
+    assert "realign_fast/" not in stderr
+    resumed = Job(tmp_path, *arguments, "--resume", num_ranks=num_ranks)
+    resumed.done()
+    if command == "fit":
+        assert output.read_bytes() == (data / "a.safetensors").read_bytes()
+        assert resumed.num_marks <= marks_of_fit - job.num_marks + 3 * num_ranks
+    else:
+        assert contents(output) == contents(data / "out")
+
+
+@pytest.mark.slow
+def test_a_fit_that_loses_a_rank_says_so_and_keeps_what_the_others_have_read(data, tmp_path, marks_of_fit):
+    arguments = ("fit", data / "text", data / "image", "--refine", 1, "-o", tmp_path / "a.safetensors")
+    job = Job(tmp_path, *arguments, num_ranks=3, interval=1e6, pause=0.1)
+    job.wait_for(5)
+    os.kill(job.ranks()[2], signal.SIGKILL)
+    code, _, stderr = job.end()
+    lines = [line for line in stderr.splitlines() if line.startswith("realign ")]
+    said = "another process of this job has ended: start the job again (it goes on with --resume)"
+    assert (code, lines) == (1, [f"realign fit: {said}"])
+    assert (tmp_path / ".a.safetensors.partial").exists()
+    Job(tmp_path, *arguments, "--resume", num_ranks=2).done()
+    assert (tmp_path / "a.safetensors").read_bytes() == (data / "a.safetensors").read_bytes()

@@ -19,6 +19,7 @@ class Sink:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.size = 0
+        self._discarded = False
         self._hasher = _C.XXH64()
         self._temporary = path.with_name(f".{path.name}.tmp-{os.urandom(4).hex()}")
         with self._errors():
@@ -27,8 +28,8 @@ class Sink:
     def write(self, data: Any) -> int:
         """Append `data`, any contiguous buffer."""
         view = memoryview(data).cast("B")
-        if not view.nbytes:
-            return 0
+        if not view.nbytes or self._discarded:  # a writer of pyarrow ends its file when it is collected
+            return view.nbytes
         self._hasher.update(view)
         done = 0
         with self._errors():
@@ -53,7 +54,8 @@ class Sink:
         return {"name": self.path.name, "size": self.size, "xxh64": self._hasher.hexdigest()}
 
     def discard(self) -> None:
-        """Remove what is not finished."""
+        """Remove what is not finished, and take no notice of what is written from now on."""
+        self._discarded = True
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
