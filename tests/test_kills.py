@@ -250,13 +250,15 @@ def test_a_fit_of_ranks_killed_again_and_again_goes_on_to_the_same_bytes(data, t
 
 @pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("command", ["fit", "apply"])
-def test_a_job_that_is_asked_to_end_says_so_once_and_goes_on(data, tmp_path, marks_of_fit, command, num_ranks):
+def test_a_job_that_is_asked_to_end_says_so_once_and_goes_on(
+    data, tmp_path, marks_of_fit, marks_of_apply, command, num_ranks
+):
     """Of several ranks torchrun is asked: the same signal as that of a rank that was lost, but not the same line."""
     output = tmp_path / "a.safetensors"
     arguments = ("fit", data / "text", data / "image", "--refine", 1, "-o", output)
     if command == "apply":
         arguments = ("apply", data / "a.safetensors", data / "text", "-o", output)
-    job = Job(tmp_path, *arguments, num_ranks=num_ranks, interval=1e6, pause=0.1)
+    job = Job(tmp_path, *arguments, num_ranks=num_ranks, interval=1e6, pause=0.05 * num_ranks)
     job.wait_for(4)
     job.process.send_signal(signal.SIGTERM)
     code, stdout, stderr = job.end()

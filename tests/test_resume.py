@@ -129,9 +129,7 @@ def test_files_that_are_finished_when_a_job_is_stopped_stay(folder, realign, com
     left = {path.name for path in (folder / "out").iterdir()}
     assert ".realign-journal" in left
     assert not [name for name in left if ".tmp" in name]
-    assert (
-        len(left & {path.name for path in (folder / "whole").iterdir()}) < len(list((folder / "whole").iterdir())) - 1
-    )
+    assert not left & {"part_4.npy", "part_4.arrow", "realign-manifest.json"}
     assert realign(*job, "-o", folder / "out", "--resume")[0] == 0
     whole = {path.name: path.read_bytes() for path in (folder / "whole").iterdir()}
     assert {path.name: path.read_bytes() for path in (folder / "out").iterdir()} == whole
