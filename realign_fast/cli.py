@@ -15,7 +15,7 @@ from contextlib import ExitStack, redirect_stderr
 from pathlib import Path
 from typing import Any, TextIO
 
-from ._stop import EXIT_CODE, Stopped, stoppable
+from ._stop import EXIT_CODE, Stopped, ignore, stoppable
 from ._version import __version__
 
 # What --device says, as the calls name it.
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     with ExitStack() as stack:
+        stack.enter_context(stoppable())
         if arguments.log_file is None:
             return _run(arguments)
         try:
@@ -44,8 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace, log: TextIO | None = None) -> int:
     handler: Handler = arguments.handler
     try:
-        with stoppable():
+        try:
             summary = handler(arguments)
+        finally:
+            ignore()  # it ends
     except (OSError, ValueError, TypeError, OverflowError, ImportError, MemoryError) as error:
         print(f"realign {arguments.command}: {_one_line(error)}", file=sys.stderr)
         return 1

@@ -297,6 +297,15 @@ def test_sets_in_memory_are_not_kept_and_not_resumed(folder):
     assert rf.Alignment.load(folder / "a.safetensors").fingerprint == alignment.fingerprint
 
 
+def test_the_pilot_of_rows_that_were_all_left_out_is_kept():
+    """It is chosen once, whatever comes: another one would give other bits."""
+    moments = rf.Moments(3, covariance=True).update(np.full((4, 3), np.nan), on_bad_rows="skip")
+    again = rf.Moments.of_state("state", *moments.state())
+    rows = np.random.default_rng(0).normal(size=(50, 3))
+    assert again.update(rows) == moments.update(rows)
+    assert again.num_skipped == 4
+
+
 def test_rests_of_a_write_that_was_killed_are_removed(folder, realign):
     for name in ("..a.safetensors.partial.0123abcd.tmp", "..a.safetensors.partial-3.0123abcd.tmp"):
         (folder / name).write_bytes(b"half")
