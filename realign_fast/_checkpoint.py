@@ -163,13 +163,16 @@ class Checkpoint:
             raise
 
     def _keep(self) -> str:
-        if self._read is None and self.number == 0:
-            return "nothing was read yet, start it again"
-        if self._read is not None or self._ranks.first:
+        # Between two reads, all that are finished; but what was loaded and not yet gone on from lies there already.
+        between = self._ranks.first and self._loaded is None and 0 < self.number == len(self._finished)
+        if self._read is not None or between:
             try:
                 self._write()
             except (OSError, ValueError) as error:
-                return f"what was read could not be kept ({error}), start it again"
+                how = "go on with --resume from what was kept before" if self._written else "start it again"
+                return f"what was read could not be kept ({error}), {how}"
+        elif not self._written and self.number == 0:
+            return "nothing was read yet, start it again"
         return f"what was read is kept in {self._first_path}, go on with --resume"
 
     # ---- Reads ------------------------------------------------------------------------------------------------------

@@ -291,3 +291,15 @@ def test_a_fit_that_loses_a_rank_says_so_and_keeps_what_the_others_have_read(dat
     assert (tmp_path / ".a.safetensors.partial").exists()
     Job(tmp_path, *arguments, "--resume", num_ranks=2).done()
     assert (tmp_path / "a.safetensors").read_bytes() == (data / "a.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_covariances_have_the_same_bits_where_as_many_ranks_go_on(data, tmp_path):
+    arguments = ("fit", data / "text", data / "image", "--method", "coral", "--threads", 1, "-o")
+    Job(tmp_path, *arguments, tmp_path / "whole.safetensors", num_ranks=2).done()
+    job = Job(tmp_path, *arguments, tmp_path / "a.safetensors", num_ranks=2)
+    job.wait_for(12)
+    os.kill(job.ranks()[0], signal.SIGKILL)
+    job.end()
+    Job(tmp_path, *arguments, tmp_path / "a.safetensors", "--resume", num_ranks=2).done()
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()

@@ -15,6 +15,7 @@ import pytest
 
 import realign_fast as rf
 from realign_fast import _checkpoint, _files, _progress, _sample, _stop
+from realign_fast._ranks import Ranks
 from realign_fast.alignment import apply_files, gather_moments
 from realign_fast.cli import main
 from realign_fast.io import sources, writer
@@ -105,6 +106,40 @@ def test_a_job_that_is_stopped_again_and_again_has_the_bytes_of_one_that_is_not(
     # No batch is read twice; the ends of reads are counted too, and batches of what is decoded may be cut anew.
     assert total <= done + len(calls) <= total + 4
     assert not list(folder.glob(".*"))
+
+
+def test_a_job_stopped_before_it_has_gone_on_loses_nothing(folder, realign, monkeypatch):
+    job = (*jobs(folder)["fit"], "-o", folder / "a.safetensors")
+    with monkeypatch.context() as patch:
+        stopping_at(patch, 75)  # among the fourth read
+        assert realign(*job)[0] == 143
+    before = (folder / ".a.safetensors.partial").read_bytes()
+    assert _files.load_all(folder / ".a.safetensors.partial", "partial")[1]["number"] == 3
+    for number in (1, 2, 3):
+        with monkeypatch.context() as patch:
+            stopping_at(patch, number, _checkpoint.Checkpoint, "replay")
+            code, err = realign(*job, "--resume")
+        assert code == 143
+        assert "go on with --resume" in err.splitlines()[-1]
+        assert (folder / ".a.safetensors.partial").read_bytes() == before
+    assert realign(*job, "--resume")[0] == 0
+    assert realign(*jobs(folder)["fit"], "-o", folder / "b.safetensors")[0] == 0
+    assert (folder / "a.safetensors").read_bytes() == (folder / "b.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_job_stopped_between_reads_keeps_those_that_are_finished(folder, realign, monkeypatch, number):
+    job = (*jobs(folder)["fit"], "-o", folder / "a.safetensors")
+    with monkeypatch.context() as patch:
+        stopping_at(patch, number, _checkpoint.Checkpoint, "finish")
+        code, err = realign(*job)
+    assert (code, "go on with --resume" in err.splitlines()[-1]) == (143, True)
+    with monkeypatch.context() as patch:
+        calls = stopping_at(patch, 0)
+        assert realign(*job, "--resume")[0] == 0
+        resumed = len(calls)
+        assert realign(*job)[0] == 0
+    assert 0 < resumed < len(calls) - resumed
 
 
 def test_a_job_stopped_before_its_first_batch_says_to_start_again(folder, realign, monkeypatch):
@@ -357,6 +392,64 @@ def test_an_alignment_that_does_not_fit_on_the_disk_leaves_nothing_half_written(
     assert not list(folder.glob(".*"))
 
 
+@pytest.fixture
+def disk(tmp_path):
+    """Return a disk of 100 kB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(place)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root can have a disk of its own")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_fit_on_a_full_disk_ends_in_one_line_and_goes_on_where_there_is_room(folder, disk, realign, monkeypatch):
+    job = (*jobs(folder)["fit"], "-o", disk / "a.safetensors")
+    assert realign(*job[:-1], folder / "a.safetensors")[0] == 0
+    expected = (folder / "a.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(_checkpoint, "INTERVAL", 0)
+        patch.setattr(_checkpoint, "_PATIENCE", 0)
+        stopping_at(patch, 3)  # what is kept then fits
+        assert realign(*job)[0] == 143
+    kept = (disk / ".a.safetensors.partial").read_bytes()
+    filler = disk / "filler"
+    filler.write_bytes(b"x" * (os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize))
+    full = f"[Errno 28] No space left on device: '{disk / '.a.safetensors.partial'}'"
+    with monkeypatch.context() as patch:
+        stopping_at(patch, 2)
+        code, err = realign(*job, "--resume")
+    said = f"what was read could not be kept ({full}), go on with --resume from what was kept before"
+    assert (code, err.splitlines()[-1]) == (143, f"realign fit: stopped by SIGTERM: {said}")
+    code, err = realign(*job, "--resume")
+    assert code == 1
+    assert err.splitlines()[-1] == f"realign fit: [Errno 28] No space left on device: '{disk / 'a.safetensors'}'"
+    assert {path.name for path in disk.iterdir()} == {"filler", ".a.safetensors.partial"}
+    assert (disk / ".a.safetensors.partial").read_bytes() == kept
+    filler.unlink()
+    assert realign(*job, "--resume")[0] == 0
+    assert (disk / "a.safetensors").read_bytes() == expected
+
+
+def test_an_apply_on_a_full_disk_ends_in_one_line_and_goes_on_where_there_is_room(folder, disk, realign, monkeypatch):
+    rf.fit(folder / "text", folder / "image").save(folder / "a.safetensors")
+    job = ("apply", folder / "a.safetensors", folder / "text", "-o")
+    assert realign(*job, folder / "whole")[0] == 0
+    monkeypatch.setattr(writer, "_check_space", lambda *_: None)  # as where another fills it meanwhile
+    code, err = realign(*job, disk / "out")
+    assert code == 1
+    (line,) = [line for line in err.splitlines() if line.startswith("realign")]
+    assert line.startswith(f"realign apply: [Errno 28] No space left on device: '{disk / 'out'}")
+    assert not [path for path in (disk / "out").iterdir() if ".tmp" in path.name]
+    whole = {path.name: path.read_bytes() for path in (folder / "whole").iterdir()}
+    for path in (disk / "out").glob("part_*"):
+        assert path.read_bytes() == whole[path.name]
+    subprocess.run(["mount", "-o", "remount,size=10m", str(disk)], check=True)
+    assert realign(*job, disk / "out", "--resume")[0] == 0
+    assert {path.name: path.read_bytes() for path in (disk / "out").iterdir()} == whole
+
+
 # ---- Files that change ----------------------------------------------------------------------------------------------
 
 
@@ -476,3 +569,23 @@ def test_a_resumed_apply_counts_what_was_done(folder, monkeypatch, capsys):
     apply_files(alignment, folder / "text", folder / "out", resume=True, progress=True)
     done = 400 + 401
     assert shown == [("apply", done + 403 + 404, done)]
+
+
+class OneOfTwo(Ranks):
+    """The first of two processes, the other of which reads nothing."""
+
+    size = 2
+
+
+def test_the_first_of_several_processes_says_that_it_shows_its_share(folder, capsys):
+    gather_moments(folder / "text" / "part_0.npy", progress=True, ranks=OneOfTwo())
+    apply_files(
+        rf.fit(folder / "text", folder / "image"),
+        folder / "text" / "part_0.npy",
+        folder / "out",
+        progress=True,
+        ranks=OneOfTwo(),
+    )
+    err = capsys.readouterr().err
+    assert "read data, share 1 of 2: 400 of 400 rows, " in err
+    assert "apply, share 1 of 2: 400 of 400 rows, " in err
