@@ -1,15 +1,17 @@
-"""The two small files of the package, alignments and moments: safetensors with one JSON header entry.
+"""The files of the package, alignments, moments and what a fit has read: safetensors with one JSON header entry.
 
 Format version 1: the tensors that the kind names, little-endian, and under the metadata key `realign_fast` a JSON
-object with `format` (the version), `kind` ("alignment" or "moments"), `package` (the version that wrote it) and the
-fields of the kind. Equal contents give equal bytes. Version 2 adds to moments the tensors `pilot` (dim,) and `products`
-(dim, dim), the lower triangle of the sum of (u - pilot)(u - pilot)^T; a file without them is written as version 1.
+object with `format` (the version), `kind` ("alignment", "moments" or "partial"), `package` (the version that wrote it)
+and the fields of the kind. Equal contents give equal bytes. Version 2 adds to moments the tensors `pilot` (dim,) and
+`products` (dim, dim), the lower triangle of the sum of (u - pilot)(u - pilot)^T; a file without them is written as
+version 1.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,16 @@ from ._version import __version__
 
 FORMAT_VERSION = 2
 _KEY = "realign_fast"
+# In the order in which the safetensors package puts tensors: each begins where its elements may.
+_CODES = {
+    "uint64": "U64",
+    "int64": "I64",
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "uint16": "U16",
+    "uint8": "U8",
+}
 # A dimension of a million in float64 is 40 MB; whatever is larger than this was never written by us.
 _MAX_FILE_BYTES = 1 << 30
 
@@ -42,8 +54,10 @@ def replacing(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(temporary)):
+            raise OSError(error.errno, error.strerror, str(path)) from error  # of a full disk the name is not known
         raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
@@ -61,11 +75,22 @@ def save(
     version: int = 1,
 ) -> None:
     """Write a file of `kind`, whole or not at all; `version` is the oldest of the format that can hold it."""
-    from safetensors.numpy import save as to_bytes
-
-    header = {"format": version, "kind": kind, "package": __version__, **fields}
-    data = to_bytes(dict(tensors), metadata={_KEY: json.dumps(header, allow_nan=False)})
-    write_atomically(Path(path), data)
+    header: dict[str, Any] = {"format": version, "kind": kind, "package": __version__, **fields}
+    entries: dict[str, Any] = {"__metadata__": {_KEY: json.dumps(header, allow_nan=False)}}
+    order = list(_CODES)
+    names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype.name), name))
+    end = 0
+    for name in names:
+        array = tensors[name]
+        begin, end = end, end + array.nbytes
+        entries[name] = {"dtype": _CODES[array.dtype.name], "shape": list(array.shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(Path(path)) as temporary, temporary.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:  # one after the other: together, as bytes, they would be in memory twice
+            array = np.ascontiguousarray(tensors[name])
+            file.write((array.byteswap() if sys.byteorder == "big" else array).reshape(-1).view(np.uint8).data)
 
 
 def load(
@@ -84,9 +109,7 @@ def load(
     ValueError
         If it is damaged, of another kind, or of a format version newer than this package.
     """
-    tensors, fields = _read(path)
-    if fields.get("kind") != kind:
-        raise ValueError(f"{path} holds {fields.get('kind')!r}, expected {kind!r}")
+    tensors, fields = load_all(path, kind)
     for name, (dtype, ndim) in (*shapes.items(), *optional.items()):
         found = tensors.get(name)
         if found is None:
@@ -99,6 +122,16 @@ def load(
             )
         if not np.isfinite(found).all():
             raise ValueError(f"{path}: tensor {name!r} holds values that are not finite")
+    return tensors, fields
+
+
+def load_all(
+    path: str | os.PathLike[str], kind: str, max_bytes: int = _MAX_FILE_BYTES
+) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """Read a file of `kind` with whatever tensors it holds, of which nothing is checked; raises as `load`."""
+    tensors, fields = _read(path, max_bytes)
+    if fields.get("kind") != kind:
+        raise ValueError(f"{path} holds {fields.get('kind')!r}, expected {kind!r}")
     return tensors, fields
 
 
@@ -120,12 +153,14 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
     return str(_read(path)[1].get("kind")) if ours else None
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+def _read(
+    path: str | os.PathLike[str], max_bytes: int = _MAX_FILE_BYTES
+) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     size = Path(path).stat().st_size
-    if size > _MAX_FILE_BYTES:
-        raise ValueError(f"{path} has {size} bytes, more than an alignment or moments can have")
+    if size > max_bytes:
+        raise ValueError(f"{path} has {size} bytes, more than a file of ours can have")
     try:
         with safe_open(os.fspath(path), framework="numpy") as file:
             metadata = file.metadata() or {}

@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from . import _C, _triton_rows
 from ._dtypes import Rows
 from ._errors import BadRowsError
-from ._progress import progress as show_progress
-from ._reader import Reader, take_rows
+from ._reader import Reader
 from ._rows import dtype_name, host_values
-from ._sample import Sample
+from ._sample import Sample, take_rows
 from ._steps import Noise
 from ._torch_steps import staged_transform
 from ._triton_rows import Accumulator, affine, read_bad_rows
@@ -124,7 +123,7 @@ class DeviceReader(Reader):
     def moments(self, source: Source, covariance: bool = False, precision: Precision = "high") -> Moments:
         """Return the moments of all rows, with their covariance where asked for."""
         moments = Moments(source.dim, covariance, precision)
-        return self._read(source, moments, lambda accumulator, slot: accumulator.add(slot.rows))
+        return self._read_there(source, moments, lambda accumulator, slot: accumulator.add(slot.rows))
 
     def moments_and_sample(self, source: Source, covariance: bool = False) -> tuple[Moments, Sample]:
         """Return the moments of all rows, and some of them, chosen by their content."""
@@ -144,7 +143,7 @@ class DeviceReader(Reader):
                 look()
             waiting.append((slot, host))
 
-        moments = self._read(source, Moments(source.dim, covariance), add)
+        moments = self._read_there(source, Moments(source.dim, covariance), add)
         if waiting:
             look()
         return moments, sample
@@ -160,15 +159,14 @@ class DeviceReader(Reader):
                 affine(slot.rows, rows, step)
             accumulator.add_transformed(rows, maps)
 
-        return self._read(source, Moments(source.dim), add)
+        return self._read_there(source, Moments(source.dim), add)
 
-    def _read(self, source: Source, moments: Moments, add: Callable[[Accumulator, Slot], None]) -> Moments:
+    def _read_there(self, source: Source, moments: Moments, add: Callable[[Accumulator, Slot], None]) -> Moments:
         with on_device(self._device):
             accumulator = None
             firsts, places = [], []
-            total = self._num_rows(source)
             with (
-                show_progress(f"read {source.name}", total, enabled=self._progress) as advance,
+                self._showing(source) as advance,
                 closing(self._slots(source)) as slots,
             ):
                 for slot in slots:

@@ -12,24 +12,28 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 @contextmanager
 def progress(
-    description: str, total: int | None, *, enabled: bool, unit: str = "rows"
+    description: str, total: int | None, initial: int = 0, *, enabled: bool = True, unit: str = "rows"
 ) -> Iterator[Callable[[int], None]]:
-    """Yield a function that is told how many more rows (or whatever `unit` names) are done."""
+    """Yield a function that is told how many more rows (or whatever `unit` names) are done.
+
+    `initial` of them were done before: they count towards the total, but not into the rate.
+    """
     if not enabled:
         yield lambda _: None
     elif sys.stderr.isatty():
         from tqdm import tqdm
 
-        with tqdm(total=total, desc=description, unit=f" {unit}", unit_scale=True, file=sys.stderr) as bar:
+        options = {"unit": f" {unit}", "unit_scale": True, "file": sys.stderr}
+        with tqdm(total=total, initial=initial, desc=description, **options) as bar:
             yield lambda count: bar.update(count) and None
     else:
-        yield _Lines(description, total, unit)
+        yield _Lines(description, total, unit, initial)
 
 
 class _Lines:
-    def __init__(self, description: str, total: int | None, unit: str) -> None:
+    def __init__(self, description: str, total: int | None, unit: str, initial: int) -> None:
         self._description, self._total, self._unit = description, total, unit
-        self._done = 0
+        self._initial = self._done = initial
         self._start = self._last = time.monotonic()
 
     def __call__(self, count: int) -> None:
@@ -38,9 +42,9 @@ class _Lines:
         if self._done != self._total and now - self._last < _SECONDS_BETWEEN_LINES:
             return
         self._last = now
-        rate = self._done / max(now - self._start, 1e-9)
+        rate = (self._done - self._initial) / max(now - self._start, 1e-9)
         of = "" if self._total is None else f" of {self._total:,}"
-        left = "" if self._total is None else f", {max(0, self._total - self._done) / rate:.0f} s left"
+        left = "" if self._total is None or not rate else f", {max(0, self._total - self._done) / rate:.0f} s left"
         unit = self._unit
         print(
             f"{self._description}: {self._done:,}{of} {unit}, {rate:,.{0 if rate >= 10 else 1}f} {unit}/s{left}",

@@ -6,12 +6,12 @@ torch is imported only where there is more than one.
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
+from ._stop import EXIT_CODE, Stopped, ignore
 from .backends import count_threads
 from .moments import Moments
 
@@ -20,13 +20,14 @@ T = TypeVar("T")
 # Processes wait for the slowest. One that has died is known by its closed connection, not by a clock.
 _TIMEOUT = timedelta(days=30)
 _ERRORS = "realign/errors"
+_STOPPED = "realign/stopped"
 
 
 class LostRankError(ConnectionError):
     """Another process of the job has ended before its work was done."""
 
     def __init__(self) -> None:
-        super().__init__("another process of this job has ended: start the job again (apply goes on with --resume)")
+        super().__init__("another process of this job has ended: start the job again (it goes on with --resume)")
 
 
 class Ranks:
@@ -45,6 +46,11 @@ class Ranks:
     def first(self) -> bool:
         """Whether this is the process that decides, writes and speaks for all."""
         return self.rank == 0
+
+    @property
+    def label(self) -> str:
+        """What progress is that of this process alone, in words; empty where there is no other."""
+        return "" if self.size == 1 else f", share {self.rank + 1} of {self.size}"
 
     def gather(self, value: T) -> list[T]:
         """Return, in every process, the values of all."""
@@ -96,6 +102,10 @@ class _TorchRanks(Ranks):
             )
         except RuntimeError as error:
             raise ConnectionError(f"the processes of this job cannot meet: {error}") from None
+        here = os.environ.get("GROUP_RANK", "")
+        found = self.gather((here, os.getpid()))
+        # Those of one launcher see each other.
+        self._neighbours = [(rank, pid) for rank, (where, pid) in enumerate(found) if where == here]
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
@@ -155,10 +165,32 @@ class _TorchRanks(Ranks):
         except RuntimeError:  # who kept the store is gone too
             return True
 
+    def lost(self) -> bool:
+        """Return whether this process was asked to end because another has, and not by who started the job.
+
+        torchrun sends the same signal for both. But who is asked to end leaves word before it does, so that a process
+        of this machine that is gone without a word is the reason. Of other machines nothing is known.
+        """
+        try:
+            self._store.set(f"{_STOPPED}/{self.rank}", "")
+            return any(
+                _is_gone(pid) and not self._store.check([f"{_STOPPED}/{rank}"]) for rank, pid in self._neighbours
+            )
+        except RuntimeError:  # who kept the store is gone too
+            return True
+
     def leave(self) -> None:
         """End together with the others."""
         self.gather(None)
         self._distributed.destroy_process_group()
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)
+    return False
 
 
 @contextmanager
@@ -186,18 +218,14 @@ def connected() -> Iterator[Ranks]:
         yield ALONE
         return
     ranks = _TorchRanks()
-    before = signal.signal(signal.SIGTERM, _stop)  # what torchrun sends to the others when one has ended
     try:
         yield ranks
         ranks.leave()
-        signal.signal(signal.SIGTERM, before)
-    except (Exception, KeyboardInterrupt):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends already
+    except (Exception, KeyboardInterrupt, Stopped) as error:
+        ignore()  # torchrun asks all others to end when one has
+        stopped = isinstance(error, Stopped)
+        if stopped and ranks.lost():
+            error, stopped = LostRankError(), False
         if not ranks.announce():
-            raise SystemExit(1) from None
-        raise
-
-
-def _stop(*_: object) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise LostRankError
+            raise SystemExit(EXIT_CODE if stopped else 1) from None
+        raise error from None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,20 @@ from ._dtypes import Rows, storage
 
 MAX_ROWS = 131_072
 MAX_BYTES = 96 << 20
+
+
+class Kept(NamedTuple):
+    """What a sample has kept: keys `(n,)` and rows `(n, dim)`, of how many, and how often its bound was halved."""
+
+    keys: NDArray[np.uint64]
+    values: NDArray[Any]
+    num_seen: int
+    halvings: int
+
+
+def take_rows(values: NDArray[Any], numbers: NDArray[np.intp], out: NDArray[Any]) -> None:
+    """Copy rows of these numbers to `out`."""
+    np.take(values, numbers, axis=0, out=out, mode="clip")
 
 
 class Sample:
@@ -66,12 +81,51 @@ class Sample:
             self._refilter()
             self._halvings += self._num_kept == kept
 
-    def kept_of(self, num_rows: int) -> tuple[NDArray[np.uint64], NDArray[Any]]:
-        """Return the keys `(n,)` and the rows `(n, dim)` that stay where `num_rows` came in all, here and elsewhere."""
+    def kept_of(self, num_rows: int) -> Kept:
+        """Return what stays where `num_rows` rows came in all, here and elsewhere."""
         self._expected = num_rows
         self._lower_bound()
         self._refilter()
-        return self._keys[: self._num_kept], self._values[: self._num_kept]
+        return Kept(self._keys[: self._num_kept], self._values[: self._num_kept], self.num_seen, self._halvings)
+
+    def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, int]]:
+        """Return the tensors `keys` `(n,)` and `rows` `(n, dim)`, and the counts, that `of_state` makes it from."""
+        self._refilter()
+        tensors = {"keys": self._keys[: self._num_kept], "rows": self._values[: self._num_kept]}
+        return tensors, {"seen": self.num_seen, "halvings": self._halvings}
+
+    @classmethod
+    def of_state(
+        cls, tensors: Mapping[str, NDArray[Any]], counts: Mapping[str, int], dim: int, dtype: str, num_rows: int | None
+    ) -> Sample:
+        """Return the sample that had this state, of which `num_rows` rows will have come in all.
+
+        Raises
+        ------
+        ValueError
+            If it is no state of such a sample.
+        """
+        keys, values = tensors["keys"], tensors["rows"]
+        fit = keys.dtype == np.uint64 and keys.ndim == 1 and values.dtype == storage(dtype)
+        counted = all(type(counts.get(name)) is int for name in ("seen", "halvings"))
+        if not fit or values.shape != (len(keys), dim):
+            raise ValueError(f"a sample has keys {keys.dtype} {keys.shape} and rows {values.dtype} {values.shape}")
+        if not counted or not 0 <= counts["halvings"] < 64 or not len(keys) <= counts["seen"]:
+            raise ValueError(f"a sample of {len(keys)} rows states {dict(counts)}")
+        sample = cls(dim, dtype, num_rows)
+        sample._halvings, sample.num_seen = counts["halvings"], counts["seen"]
+        sample._reserve(len(keys))
+        sample._keys[: len(keys)], sample._values[: len(keys)] = keys, values
+        sample._num_kept = len(keys)
+        return sample
+
+    def merge(self, kept: Kept) -> None:
+        """Add what another sample has kept."""
+        num_seen = self.num_seen + kept.num_seen
+        self._halvings = max(self._halvings, kept.halvings)  # what lies above its bound is not there
+        self.add(kept.keys, partial(take_rows, kept.values))
+        self.num_seen = num_seen
+        self._lower_bound()
 
     def _lower_bound(self) -> None:
         needed = max(self.num_seen, self._expected)

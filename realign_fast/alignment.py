@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _C, _files
+from ._checkpoint import Checkpoint
 from ._dtypes import Rows
 from ._errors import raise_if_bad
 from ._progress import progress as show_progress
@@ -26,7 +28,7 @@ from ._sample import Sample
 from ._steps import Affine, Noise, frozen
 from ._transform import Steps, transform_by, transform_rows
 from .backends import check_has_kernels, choose, find_device
-from .io.sources import Batch, Source, count_rows, file_paths, open_source
+from .io.sources import Batch, Done, Source, file_paths, open_source
 from .methods import Method, Parameters, Solution, check_sets, get_method, unit_length
 from .moments import Moments, OnBadRows, Precision, check_on_bad_rows
 
@@ -347,6 +349,8 @@ def fit(
     encoder: str | None = None,
     progress: bool = False,
     ranks: Ranks = ALONE,
+    output: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     **options: Any,
 ) -> Alignment:
     """Fit an alignment of `text` (the source) to `image` (the target), from unpaired sets.
@@ -381,6 +385,12 @@ def fit(
         Show progress on stderr.
     ranks
         The processes that divide the files between them: all call this alike, and all get the same.
+    output
+        File to write the alignment to. Of sets that are files, read by the CPU, what has been read is kept beside it in
+        `.NAME.partial`, every half minute, until the alignment is written.
+    resume
+        Go on from what was kept of the same fit, by any number of processes, if anything was. The result has the same
+        bytes; those of a covariance, the same with as many processes and threads.
     **options
         Of the method. `refine`, of all with a centroid step ("realign", "coral", "bca", "ot", "debias"): Newton steps
         on the centroid gap that is left in the sample. `sigma` of "c3": the noise of an element. `shrinkage` of
@@ -418,25 +428,70 @@ def fit(
     )
     _check_readable(text_source, solver, method)
     _check_dims(text_source, image_source)
-    sources = text_source, image_source
-    reader = reader_for(backend, sources, on_bad_rows, num_threads, limit=limit, progress=progress, ranks=ranks)
-    text_source, image_source = text_source.share(ranks), image_source.share(ranks)
-    target, image_sample = reader.moments_and_sample(image_source, solver.covariances)
-    source, text_sample = reader.moments_and_sample(text_source, solver.covariances)
-    if isinstance(reader, RanksReader) and not ranks.first:
-        found: Alignment = reader.follow(text_source)
-        return found
-    check_sets(source, target)
-    text_part, image_part = _Part.whole(text_sample), _Part.whole(image_sample)
-    moments_of = partial(reader.transformed_moments, text_source)
-    solution = solver.solve(_Problem(source, target, moments_of, text_part, image_part, num_threads), **options)
-    report = _report(method, options, source, target, solution)
-    if solution.selection:
-        report["selection"] = solution.selection
-    report |= _sample_report(solver, dict(options) | solution.chosen, text_part, image_part, num_threads)
-    prints = {"text": text_source.fingerprint(), "image": image_source.fingerprint()}
-    fingerprints = {name: value for name, value in prints.items() if value is not None}
-    return ranks.broadcast(_alignment(method, solution, source, target, report, fingerprints, encoder))
+    sources = {"image": image_source, "text": text_source}
+    job = {
+        "command": "fit",
+        "method": method,
+        "options": options,
+        "on_bad_rows": on_bad_rows,
+        "text_column": text_column,
+        "image_column": image_column,
+        "limit": limit,
+        "encoder": encoder,
+    }
+    checkpoint = _checkpoint_for(output, job, sources, ranks, resume)
+    reader = reader_for(
+        backend,
+        tuple(sources.values()),
+        on_bad_rows,
+        num_threads,
+        limit=limit,
+        progress=progress,
+        num_reads=_num_reads(solver, options),
+        ranks=ranks,
+        checkpoint=checkpoint,
+    )
+    with nullcontext() if checkpoint is None else checkpoint.keeping():
+        target, image_sample = reader.moments_and_sample(image_source, solver.covariances)
+        source, text_sample = reader.moments_and_sample(text_source, solver.covariances)
+        if isinstance(reader, RanksReader) and not ranks.first:
+            found: Alignment = reader.follow(text_source)
+            return found
+        check_sets(source, target)
+        text_part, image_part = _Part.whole(text_sample), _Part.whole(image_sample)
+        moments_of = partial(reader.transformed_moments, text_source)
+        solution = solver.solve(_Problem(source, target, moments_of, text_part, image_part, num_threads), **options)
+        report = _report(method, options, source, target, solution)
+        if solution.selection:
+            report["selection"] = solution.selection
+        report |= _sample_report(solver, dict(options) | solution.chosen, text_part, image_part, num_threads)
+        prints = {"text": text_source.fingerprint(), "image": image_source.fingerprint()}
+        fingerprints = {name: value for name, value in prints.items() if value is not None}
+        alignment = _alignment(method, solution, source, target, report, fingerprints, encoder)
+        if checkpoint is not None and output is not None:
+            alignment.save(output)
+            checkpoint.remove()
+    return ranks.broadcast(alignment)
+
+
+def _checkpoint_for(
+    output: str | os.PathLike[str] | None,
+    job: Mapping[str, Any],
+    sources: Mapping[str, Source],
+    ranks: Ranks,
+    resume: bool,
+) -> Checkpoint | None:
+    if output is None:
+        if resume:
+            raise ValueError("resume needs an output, beside which what has been read is kept")
+        return None
+    return Checkpoint(output, job, sources, ranks, resume=resume)
+
+
+def _num_reads(solver: Method, options: Mapping[str, Any]) -> int:
+    """Return how many reads of whole sets a fit takes, at most."""
+    refine = options.get("refine", 0)
+    return 2 + (1 + refine if solver.reads_again and isinstance(refine, int) else 0)
 
 
 def fit_from_moments(
@@ -567,23 +622,21 @@ def apply_files(
     job: dict[str, Any] = {"alignment": alignment.fingerprint, "side": side, "on_bad_rows": on_bad_rows}
     if noise is not None:
         job |= {"noise_std": noise.std, "seed": noise.seed}
-    total = count_rows(paths, column) if progress and ranks.size == 1 else None  # each shows what it does itself
-    with show_progress("apply", total, enabled=progress) as advance:
-        return rewrite(
-            paths,
-            out_dir,
-            transform=transform,
-            column=column,
-            id_column=id_column,
-            dtype=dtype,
-            format=format,
-            job=job,
-            resume=resume,
-            overwrite=overwrite,
-            num_threads=num_threads,
-            progress=advance,
-            ranks=ranks,
-        )
+    return rewrite(
+        paths,
+        out_dir,
+        transform=transform,
+        column=column,
+        id_column=id_column,
+        dtype=dtype,
+        format=format,
+        job=job,
+        resume=resume,
+        overwrite=overwrite,
+        num_threads=num_threads,
+        progress=partial(show_progress, f"apply{ranks.label}") if progress else None,
+        ranks=ranks,
+    )
 
 
 def _map_for(parameters: Parameters, backend: str) -> Callable[[Rows, Rows, int, Noise | None], tuple[int, int, int]]:
@@ -620,14 +673,35 @@ def gather_moments(
     covariance: bool = False,
     precision: Precision = "high",
     ranks: Ranks = ALONE,
+    output: str | os.PathLike[str] | None = None,
+    resume: bool = False,
 ) -> Moments:
     """Return the moments of everything in `data`, in any of the forms that `fit` takes.
 
-    `covariance` and `precision` are those of `Moments`, `ranks` as in `fit`.
+    `covariance` and `precision` are those of `Moments`, `ranks`, `output` and `resume` as in `fit`. What is written to
+    `output` must have rows.
     """
     source = open_source(data, name=name, key=key, column=column, num_threads=num_threads)
-    reader = reader_for(backend, (source,), on_bad_rows, num_threads, limit=limit, progress=progress, ranks=ranks)
-    return reader.moments(source.share(ranks), covariance, precision)
+    job = {
+        "command": "stats",
+        "on_bad_rows": on_bad_rows,
+        "column": column,
+        "limit": limit,
+        "covariance": covariance,
+        "precision": precision,
+    }
+    checkpoint = _checkpoint_for(output, job, {name: source}, ranks, resume)
+    options: dict[str, Any] = {"limit": limit, "progress": progress, "ranks": ranks, "checkpoint": checkpoint}
+    reader = reader_for(backend, (source,), on_bad_rows, num_threads, **options)
+    with nullcontext() if checkpoint is None else checkpoint.keeping():
+        moments = reader.moments(source, covariance, precision)
+        if checkpoint is not None and output is not None:
+            if moments.count == 0:
+                raise ValueError(f"{data} has no rows to count")
+            if ranks.first:
+                moments.save(output)
+                checkpoint.remove()
+    return moments
 
 
 class _Part(Source):
@@ -654,7 +728,7 @@ class _Part(Source):
     def first(self, num_rows: int) -> Rows:
         return self._sample.take(self._numbers[:num_rows])
 
-    def batches(self, limit: int | None = None) -> Iterator[Batch]:
+    def batches(self, limit: int | None = None, done: Done | None = None) -> Iterator[Batch]:
         numbers = np.sort(self._numbers[:limit])  # sums do not ask for an order: that of the memory is the fastest
         for start in range(0, len(numbers), _PART_ROWS):
             yield Batch(self._sample.take(numbers[start : start + _PART_ROWS]), "sample", start)

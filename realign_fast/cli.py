@@ -1,7 +1,7 @@
 """The command `realign`: each command a few lines over the public API.
 
 Progress and words go to stderr; the last line of stdout is one JSON object. Exit codes: 0 done, 1 the data or the
-files are wrong, 2 wrong usage.
+files are wrong, 2 wrong usage, 143 stopped by SIGTERM.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contextlib import ExitStack, redirect_stderr
 from pathlib import Path
 from typing import Any, TextIO
 
+from ._stop import EXIT_CODE, Stopped, ignore, stoppable
 from ._version import __version__
 
 # What --device says, as the calls name it.
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     with ExitStack() as stack:
+        stack.enter_context(stoppable())
         if arguments.log_file is None:
             return _run(arguments)
         try:
@@ -43,13 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace, log: TextIO | None = None) -> int:
     handler: Handler = arguments.handler
     try:
-        summary = handler(arguments)
+        try:
+            summary = handler(arguments)
+        finally:
+            ignore()  # it ends
     except (OSError, ValueError, TypeError, OverflowError, ImportError, MemoryError) as error:
         print(f"realign {arguments.command}: {_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"realign {arguments.command}: interrupted", file=sys.stderr)
         return 130
+    except Stopped as stopped:
+        print(f"realign {arguments.command}: {stopped}", file=sys.stderr)
+        return EXIT_CODE
     if summary is None:
         return 0
     line = json.dumps(summary)
@@ -92,6 +100,7 @@ def _fit(arguments: argparse.Namespace) -> dict[str, Any] | None:
     options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     with connected() as ranks:
         _check_output_file(arguments.output)
+        _say_where_it_begins(arguments, ranks.first)
         alignment = fit(
             arguments.text,
             arguments.image,
@@ -105,11 +114,12 @@ def _fit(arguments: argparse.Namespace) -> dict[str, Any] | None:
             encoder=arguments.encoder,
             progress=ranks.first,
             ranks=ranks,
+            output=arguments.output,
+            resume=arguments.resume,
             **options,
         )
         if not ranks.first:
             return None
-        alignment.save(arguments.output)
     report = alignment.report
     if "selection" in report:
         chosen, selection = report["options"], report["selection"]
@@ -134,6 +144,7 @@ def _stats(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
     with connected() as ranks:
         _check_output_file(arguments.output)
+        _say_where_it_begins(arguments, ranks.first)
         moments = gather_moments(
             arguments.path,
             name="path",
@@ -146,12 +157,11 @@ def _stats(arguments: argparse.Namespace) -> dict[str, Any] | None:
             covariance=arguments.covariance,
             precision=arguments.precision,
             ranks=ranks,
+            output=arguments.output,
+            resume=arguments.resume,
         )
-        if moments.count == 0:
-            raise ValueError(f"{arguments.path} has no rows to count")
         if not ranks.first:
             return None
-        moments.save(arguments.output)
     return {"command": "stats", "output": str(arguments.output), **_describe_moments(moments)}
 
 
@@ -206,6 +216,7 @@ def _convert(arguments: argparse.Namespace) -> dict[str, Any]:
         id_column=arguments.id_column,
         resume=arguments.resume,
         overwrite=arguments.overwrite,
+        progress=True,
     )
     return {"command": "convert", "output": str(arguments.output), **summary}
 
@@ -266,6 +277,14 @@ def _demo(arguments: argparse.Namespace) -> dict[str, Any]:
 
     summary = run(arguments.output, overwrite=arguments.overwrite)
     return {"command": "demo", "output": str(arguments.output), **summary}
+
+
+def _say_where_it_begins(arguments: argparse.Namespace, first: bool) -> None:
+    from ._checkpoint import path_beside
+
+    path = path_beside(arguments.output)
+    if first and arguments.resume and not path.exists():
+        _say(f"there is no {path} to go on from: {arguments.command} begins at the start")
 
 
 def _check_output_file(path: str) -> None:
@@ -337,6 +356,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--energy", type=float, metavar="E", help="bca: share of variance in its first block")
     fit.add_argument("-k", type=_positive, metavar="K", help="debias: directions to leave out")
     fit.add_argument("--encoder", help="name of the encoder, kept in the file")
+    _add_resume(fit)
     _add_bad_rows(fit, ("raise", "skip", "zero"))
     _add_limit(fit)
     _add_columns(fit, text=True, image=True)
@@ -347,6 +367,7 @@ def _parser() -> argparse.ArgumentParser:
     stats.add_argument("-o", "--output", required=True, metavar="FILE", help="moments to write (.safetensors)")
     stats.add_argument("--covariance", action="store_true", help="for whitening and the maps with a matrix")
     stats.add_argument("--precision", choices=("exact", "high", "fast"), default="high", help="of the covariance")
+    _add_resume(stats)
     _add_bad_rows(stats, ("raise", "skip", "zero"))
     _add_limit(stats)
     _add_columns(stats)
@@ -454,7 +475,11 @@ def _add_format(parser: argparse.ArgumentParser, choices: Sequence[str], default
     parser.add_argument("--format", choices=choices, default=default, required=default is None)
 
 
+def _add_resume(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--resume", action="store_true", help="go on where an earlier run ended")
+
+
 def _add_existing(parser: argparse.ArgumentParser) -> None:
     existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="go on where an earlier run ended")
+    _add_resume(existing)
     existing.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote")

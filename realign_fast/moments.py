@@ -27,6 +27,8 @@ Precision = Literal["exact", "high", "fast"]
 
 # One sum of 2**36 elements of magnitude 1 in units of 2**-27 is the largest that int64 holds.
 _MAX_COUNT = 1 << (63 - _C.FIXED_POINT_BITS)
+_SHAPES = {"sums": (np.dtype(np.int64), 1)}
+_MORE_SHAPES = {"products": (np.dtype(np.float64), 2), "pilot": (np.dtype(np.float64), 1)}
 # Whose mean is near enough to that of all rows to keep the digits of their products.
 _PILOT_ROWS = 4096
 # Rows that a cache keeps are looked at before they are added, of more the products are kept until they are known to be
@@ -407,6 +409,11 @@ class Moments:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, whole or not at all."""
+        tensors, fields = self.state()
+        _files.save(path, "moments", tensors, fields, version=1 if self._products is None else 2)
+
+    def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """Return the tensors and the fields of the header that a file of these moments holds."""
         fields: dict[str, Any] = {
             "count": self.count,
             "num_zero": self.num_zero,
@@ -415,9 +422,9 @@ class Moments:
         }
         tensors: dict[str, NDArray[Any]] = {"sums": self._sums}
         if self._products is None:
-            return _files.save(path, "moments", tensors, fields)
+            return tensors, fields
         tensors |= {"pilot": self._products.pilot, "products": np.tril(self._products.sums)}
-        _files.save(path, "moments", tensors, fields | {"precision": self.precision}, version=2)
+        return tensors, fields | {"precision": self.precision}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Moments:
@@ -430,9 +437,11 @@ class Moments:
         ValueError
             If it is damaged, holds something else, or comes from a newer format.
         """
-        real = np.dtype(np.float64)
-        shapes = {"sums": (np.dtype(np.int64), 1)}
-        tensors, fields = _files.load(path, "moments", shapes, optional={"products": (real, 2), "pilot": (real, 1)})
+        return cls.of_state(path, *_files.load(path, "moments", _SHAPES, optional=_MORE_SHAPES))
+
+    @classmethod
+    def of_state(cls, path: object, tensors: Mapping[str, NDArray[Any]], fields: Mapping[str, Any]) -> Moments:
+        """Return the moments that had this state; ValueError, naming `path`, where no moments have it."""
         counts: dict[str, int] = {}
         for name in ("count", "num_zero", "num_skipped"):
             value = fields.get(name)
@@ -465,10 +474,12 @@ class Moments:
         if fields.get("precision") not in get_args(Precision):
             raise ValueError(f"{path}: precision must be one of {', '.join(get_args(Precision))}")
         self.precision = fields["precision"]
-        if self._count == 0:
+        if self._count + self._num_skipped == 0:
             return
         products.choose_pilot(pilot)
         products.sums = np.ascontiguousarray(sums)
+        if self._count == 0:
+            return
         trace = float(np.trace(self.covariance))
         if not abs(trace - self.trace) < 1e-3:
             raise ValueError(f"{path}: products and sums do not fit together: traces {trace:.6g} and {self.trace:.6g}")

@@ -544,7 +544,7 @@ def test_the_program_prints_one_object_and_its_progress_elsewhere(folder):
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     assert json.loads(line)["output"] == "a.safetensors"
-    assert "read text: 300 of 300 rows" in done.stderr
+    assert "read text (3 of 3): 300 of 300 rows" in done.stderr
     assert "gap before" in done.stderr
     done = program("apply", "a.safetensors", "text", "-o", "out", cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -564,7 +564,7 @@ def test_a_file_that_must_not_be_read_or_written_is_named(folder, refused, monke
     def no(*_, **__):
         raise PermissionError(13, "Permission denied", str(folder / "m.safetensors"))
 
-    monkeypatch.setattr(_files, "write_atomically", no)
+    monkeypatch.setattr(_files, "replacing", no)
     refused("stats", folder / "text", "-o", folder / "m.safetensors", says=("Permission denied", "m.safetensors"))
 
 
@@ -572,7 +572,7 @@ def test_an_interrupted_command_says_so(folder, realign, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_files, "write_atomically", interrupted)
+    monkeypatch.setattr(_files, "replacing", interrupted)
     code, summary, err = realign("stats", folder / "text", "-o", folder / "m.safetensors")
     assert (code, summary) == (130, None)
     assert err.splitlines()[-1] == "realign stats: interrupted"

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from realign_fast import _sample
-from realign_fast._reader import take_rows
-from realign_fast._sample import Sample
+from realign_fast._sample import Sample, take_rows
 from realign_fast.cli import main
 from realign_fast.io._manifest import Journal, Start, load, new_head
 
@@ -144,7 +143,25 @@ def test_a_sample_of_shares_is_the_sample_of_all(monkeypatch):
     cuts = np.sort(rng.integers(0, len(values), 3))
     parts = zip(np.split(keys, cuts), np.split(values, cuts), strict=True)
     shares = [sample_of([part], None) for part in parts]
-    merged = sample_of([share.kept_of(len(values)) for share in shares], sum(share.num_seen for share in shares))
+    merged = Sample(DIM, "float32", len(values))
+    for share in shares:
+        merged.merge(share.kept_of(len(values)))
+    np.testing.assert_array_equal(merged.take(merged.ranking()).values, whole.take(whole.ranking()).values)
+
+
+def test_a_heap_of_equal_rows_in_one_share_bounds_the_sample_of_all(monkeypatch):
+    monkeypatch.setattr(_sample, "MAX_ROWS", 100)
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(190, DIM)).astype(np.float32)
+    keys = rng.integers(1, 1 << 64, 190, np.uint64)
+    keys[:120], values[:120] = 5, values[0]  # below any bound
+    keys[120:130] = np.arange(1, 11, dtype=np.uint64) << 58
+    whole, merged = Sample(DIM, "float32", 190), Sample(DIM, "float32", 190)
+    whole.add(keys, partial(take_rows, values))
+    for part in (slice(0, 130), slice(130, 190)):
+        share = Sample(DIM, "float32", None)
+        share.add(keys[part], partial(take_rows, values[part]))
+        merged.merge(share.kept_of(190))
     np.testing.assert_array_equal(merged.take(merged.ranking()).values, whole.take(whole.ranking()).values)
 
 
@@ -223,7 +240,7 @@ def test_a_killed_process_ends_all_and_resume_finishes(folder, fitted, much, kil
     stdout, stderr = job.communicate(timeout=60)
     assert (job.returncode, stdout) == (1, "")
     assert lines_of(stderr) == [
-        "realign apply: another process of this job has ended: start the job again (apply goes on with --resume)"
+        "realign apply: another process of this job has ended: start the job again (it goes on with --resume)"
     ]
     assert "realign_fast/" not in stderr
     assert not (out / "realign-manifest.json").exists()

@@ -56,6 +56,14 @@ def assert_alike(found, wanted):
         assert found.report[name]["bad_rows"] == wanted.report[name]["bad_rows"]
 
 
+def test_a_fit_by_the_gpu_is_written_but_not_resumed(shards, tmp_path):
+    sets = shards / "text", shards / "image"
+    found = rf.fit(*sets, backend="triton", output=tmp_path / "a.safetensors")
+    assert rf.Alignment.load(tmp_path / "a.safetensors").fingerprint == found.fingerprint
+    with pytest.raises(ValueError, match="resume: a GPU reads, and such a read is not kept"):
+        rf.fit(*sets, backend="triton", output=tmp_path / "a.safetensors", resume=True)
+
+
 @pytest.mark.parametrize("method", ["anchor", "realign"])
 def test_a_fit_of_files_agrees_with_the_cpu(shards, method):
     options = {"refine": 2} if method == "realign" else {}

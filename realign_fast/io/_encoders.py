@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from .._dtypes import Rows, storage
 from ._arrow import DEFAULT_COLUMN, ArrowShard, ParquetShard, arrow_errors, import_pyarrow
+from ._id_order import PICKLE_ID
 from ._pickles import LoadedPickle
 from ._raw import Blocks, Chunk
 from ._remote import AnyPath
@@ -31,7 +32,6 @@ from .formats import Shard
 _GROUP_BYTES = 32 << 20  # embeddings in a parquet row group, which is held in memory, and other columns beside them
 _COPY_BYTES = 1 << 20
 _PICKLE_COLUMN = "embed"
-_PICKLE_ID = "id"
 
 
 class Encoder(Protocol):
@@ -208,7 +208,7 @@ class PickleEncoder:
             dicts = [self._replaced(item, value) for item, value in zip(chunk.columns, values, strict=True)]
         else:
             if chunk.columns is None:
-                dicts = [{_PICKLE_ID: chunk.start + i} for i in range(len(values))]
+                dicts = [{PICKLE_ID: chunk.start + i} for i in range(len(values))]
             else:
                 names = [self._rename.get(name, name) for name in chunk.columns.schema.names]
                 dicts = chunk.columns.rename_columns(names).to_pylist()
@@ -420,7 +420,7 @@ def open_encoders(
         return [TarEncoder(sink, shard, dtype)]
     name = _column_name(shard, target, column)
     if isinstance(shard, LoadedTar):
-        _check_extensions(shard, _PICKLE_ID if target == "pickle" else id_column, name)
+        _check_extensions(shard, PICKLE_ID if target == "pickle" else id_column, name)
     main: Encoder
     match target:
         case "npy":
@@ -431,14 +431,14 @@ def open_encoders(
         case "pickle":
             if isinstance(shard, ParquetShard | ArrowShard):
                 _check_plain(import_pyarrow(shard.path), shard.path, shard.schema, shard.column)
-                _check_rename(shard, shard.schema.names, id_column, _PICKLE_ID)
-            rename = {} if isinstance(shard, LoadedTar) else {id_column: _PICKLE_ID}
+                _check_rename(shard, shard.schema.names, id_column, PICKLE_ID)
+            rename = {} if isinstance(shard, LoadedTar) else {id_column: PICKLE_ID}
             main = PickleEncoder(sink, shard, name, rename)
         case _:
             if isinstance(shard, LoadedPickle) and shard.dicts:
-                _check_rename(shard, list(shard.dicts[0]), _PICKLE_ID, id_column)
+                _check_rename(shard, list(shard.dicts[0]), PICKLE_ID, id_column)
             kind = "parquet" if target == "parquet" else _ipc_kind(shard)
-            main = TableEncoder(sink, kind, shard, name, dim, dtype, {_PICKLE_ID: id_column})
+            main = TableEncoder(sink, kind, shard, name, dim, dtype, {PICKLE_ID: id_column})
     if isinstance(shard, SafetensorsShard) and target != "safetensors" and (len(shard.tensors) > 1 or shard.metadata):
         return [main, SafetensorsEncoder(sidecar(), shard, None, num_rows, dim, dtype)]
     if target in ("npy", "safetensors"):

@@ -2,7 +2,9 @@
 
 Manifest, format version 1: `format`, `package` (the version that wrote it), `job` (what was asked for), `inputs` (name
 and fingerprint of each, in order) and `files`, one entry an output in the same order: `name`, `input`, `rows`, `dim`,
-`dtype`, `column`, `size`, `xxh64`, `bad_rows`, and `sidecar` (name, size and xxh64 of a second file, or null).
+`dtype`, `column`, `size`, `xxh64`, `bad_rows`, `sidecar` (name, size and xxh64 of a second file, or null), and `ids`,
+of the input's ids in their order (their column in the output, or its sidecar, and hashes, see `_id_order`; null where
+it has none, absent where an older version wrote it).
 
 The journal holds one JSON object a line: first the manifest's head without `files` and with `former` (the files of an
 overwritten job; what is not replaced goes when this one ends), then one entry for each finished file. It becomes the
@@ -42,8 +44,10 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "xxh64": (str,),
     "bad_rows": (int,),
     "sidecar": (dict, type(None)),
+    "ids": (dict, type(None)),
 }
 _SIDECAR_FIELDS: dict[str, tuple[type, ...]] = {"name": (str,), "size": (int,), "xxh64": (str,)}
+_IDS_FIELDS: dict[str, tuple[type, ...]] = {"column": (str,), "xxh64": (list,)}
 
 Entry = dict[str, Any]
 
@@ -84,6 +88,13 @@ def names_of(entries: Iterable[Entry]) -> set[str]:
 def new_head(job: dict[str, Any], inputs: list[dict[str, str]]) -> dict[str, Any]:
     """Return the head of a manifest for a job."""
     return {"format": FORMAT_VERSION, "package": __version__, "job": job, "inputs": inputs}
+
+
+def check_same_job(where: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise ValueError, naming the first of them, where options differ."""
+    for key in sorted({*before, *now}):
+        if before.get(key) != now.get(key):
+            raise ValueError(f"{where} holds another job: {key} was {before.get(key)!r}, now it is {now.get(key)!r}")
 
 
 def load(folder: Path) -> Manifest | None:
@@ -166,6 +177,8 @@ def check_entry(path: Path, entry: Any) -> None:
     if entry["sidecar"] is not None:
         _check_fields(path, entry["sidecar"], _SIDECAR_FIELDS)
         check_name(path, entry["sidecar"]["name"])
+    if entry.get("ids") is not None:
+        _check_fields(path, entry["ids"], _IDS_FIELDS)
 
 
 def _check_fields(path: Path, value: Any, fields: dict[str, tuple[type, ...]]) -> None:

@@ -126,15 +126,15 @@ def _open(path: AnyPath, blocks: Blocks) -> Iterator[_Fill]:
         yield read
 
 
-def read_layout(path: AnyPath, layout: Layout, blocks: Blocks) -> Generator[Chunk, None, None]:
-    """Read the rows, about a block at a time: where they lie if they can be used as they are, else copied."""
+def read_layout(path: AnyPath, layout: Layout, blocks: Blocks, first: int = 0) -> Generator[Chunk, None, None]:
+    """Read the rows from row `first` on, a block at a time: where they lie if they can be used so, else copied."""
     aligned = layout.offset % storage(layout.dtype).itemsize == 0
     if isinstance(path, Path) and aligned and not layout.swapped and not layout.fortran:
-        return _mapped(path, layout, blocks)
-    return _copied(path, layout, blocks)
+        return _mapped(path, layout, blocks, first)
+    return _copied(path, layout, blocks, first)
 
 
-def _mapped(path: Path, layout: Layout, blocks: Blocks) -> Generator[Chunk, None, None]:
+def _mapped(path: Path, layout: Layout, blocks: Blocks, first: int) -> Generator[Chunk, None, None]:
     dtype = storage(layout.dtype)
     row_bytes = layout.dim * dtype.itemsize
     step = blocks.num_rows(row_bytes)
@@ -142,8 +142,8 @@ def _mapped(path: Path, layout: Layout, blocks: Blocks) -> Generator[Chunk, None
     with path.open("rb", buffering=0) as file:
         fd = file.fileno()
         os.posix_fadvise(fd, layout.offset, 0, os.POSIX_FADV_SEQUENTIAL)
-        os.posix_fadvise(fd, layout.offset, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
-        for begin in range(0, layout.num_rows, window):
+        os.posix_fadvise(fd, layout.offset + first * row_bytes, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+        for begin in range(first, layout.num_rows, window):
             count = min(window, layout.num_rows - begin)
             offset, size = layout.offset + begin * row_bytes, count * row_bytes
             # The disk reads on while these rows are at work.
@@ -162,12 +162,12 @@ def _check_whole(path: Path, fd: int, mapped: _C.FileMap, end: int) -> None:
         raise ValueError(f"{path} was truncated while it was read: expected bytes up to {end}")
 
 
-def _copied(path: AnyPath, layout: Layout, blocks: Blocks) -> Generator[Chunk, None, None]:
+def _copied(path: AnyPath, layout: Layout, blocks: Blocks, first: int) -> Generator[Chunk, None, None]:
     dtype = storage(layout.dtype)
     row_bytes = layout.dim * dtype.itemsize
     step = blocks.num_rows(row_bytes)
     with _open(path, blocks) as fill:
-        for start in range(0, layout.num_rows, step):
+        for start in range(first, layout.num_rows, step):
             values = blocks.take(min(step, layout.num_rows - start), layout.dim, dtype)
             if layout.fortran:
                 _read_columns(fill, layout, start, values)

@@ -54,7 +54,7 @@ class Sink:
         return {"name": self.path.name, "size": self.size, "xxh64": self._hasher.hexdigest()}
 
     def discard(self) -> None:
-        """Remove what is not finished."""
+        """Remove what is not finished, and take no notice of what is written from now on."""
         self._discarded = True
         if self._fd >= 0:
             os.close(self._fd)

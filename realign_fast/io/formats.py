@@ -9,7 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol, runtime_checkable
 
-from ._raw import Blocks, Chunk
+from .._dtypes import Rows, storage
+from ._raw import Blocks, Chunk, Layout, read_layout
 from ._remote import AT_ONCE, AnyPath, RemotePath, copy_to, naming
 
 FORMATS = {
@@ -94,6 +95,19 @@ class CopiedShard:
                 raise naming(error, self.path, copy) from error.__cause__
 
 
+def chunks_from(shard: Shard, blocks: Blocks, start: int) -> Generator[Chunk, None, None]:
+    """Read the rows of `shard` from row `start` on; those before that lie as they are used are not even touched."""
+    layout: Layout | None = getattr(shard, "layout", None)
+    if layout is not None:
+        yield from read_layout(shard.path, layout, blocks, start)
+        return
+    for chunk in shard.chunks(blocks):
+        skipped = min(max(0, start - chunk.start), len(chunk.rows.values))
+        if skipped < len(chunk.rows.values):
+            rows = Rows(chunk.rows.values[skipped:], chunk.rows.dtype)
+            yield Chunk(rows, chunk.start + skipped, check=chunk.check)
+
+
 def format_of(path: AnyPath) -> str | None:
     """Return the format that the suffix of `path` stands for, None for a suffix of something else."""
     return FORMATS.get(path.suffix.lower())
@@ -159,12 +173,14 @@ def open_shards(paths: list[AnyPath], column: str | None = None) -> list[Shard]:
         return list(pool.map(partial(open_shard, column=column), paths))
 
 
-def plan(shards: Iterable[Shard]) -> Iterator[tuple[RemotePath, int, int]]:
-    """Yield which bytes of remote files will be read, in order, where the rows of all are."""
-    for shard in shards:
+def plan(shards: Iterable[tuple[Shard, int]]) -> Iterator[tuple[RemotePath, int, int]]:
+    """Yield which bytes of remote files `chunks_from` will read, in order, given the first row of each."""
+    for shard, first in shards:
         if isinstance(shard, RangedShard) and isinstance(shard.path, RemotePath):
+            layout: Layout | None = getattr(shard, "layout", None)
+            skipped = first * layout.dim * storage(layout.dtype).itemsize if layout else 0
             for begin, end in shard.ranges:
-                yield shard.path, begin, end
+                yield shard.path, begin + skipped, end
 
 
 def is_compressed_tar(path: AnyPath) -> bool:

@@ -24,8 +24,8 @@ from ._fingerprint import combined, fingerprint
 from ._layouts import listed_files, side_of
 from ._prefetch import prefetch
 from ._raw import Blocks, as_they_were
-from ._remote import AnyPath, FetchAhead, RemotePath, is_url, list_files, size_of
-from .formats import FORMATS, format_of, is_compressed_tar, open_shards, plan, unknown
+from ._remote import AnyPath, FetchAhead, RemotePath, is_url, list_files, state_of
+from .formats import FORMATS, Shard, chunks_from, format_of, is_compressed_tar, open_shards, plan, unknown
 
 # Small enough that a kernel finds in the last-level cache what the reader has just copied there, even where three
 # blocks are in flight; large enough to be worth several threads.
@@ -46,6 +46,8 @@ class Batch(NamedTuple):
         Path of the file, or the source's name for arrays and batches in memory.
     start : int
         Index of `rows[0]` within `origin`.
+    number : int
+        Of the file among all of the source.
     check : callable
         As that of `Chunk`.
     """
@@ -53,7 +55,30 @@ class Batch(NamedTuple):
     rows: Rows
     origin: str
     start: int
+    number: int = 0
     check: Callable[[], None] = as_they_were
+
+
+class Done(NamedTuple):
+    """How far a set of files has been read.
+
+    Attributes
+    ----------
+    rows : dict
+        How many rows of a file, by its number.
+    whole : set
+        The numbers of files that have been read to their end.
+    """
+
+    rows: dict[int, int]
+    whole: set[int]
+
+    def copy(self) -> Done:
+        """Return an independent copy."""
+        return Done(dict(self.rows), set(self.whole))
+
+
+_NOTHING = Done({}, set())
 
 
 class Source(ABC):
@@ -72,6 +97,8 @@ class Source(ABC):
         Whether `batches` can be called more than once.
     device : torch.device or None
         Where the rows lie, if not in host memory.
+    in_files : bool
+        Whether it is a set of files, of which parts can be read again.
     """
 
     name: str
@@ -80,19 +107,23 @@ class Source(ABC):
     num_rows: int | None
     reiterable: bool = True
     device: Any = None
+    in_files: bool = False
 
     @abstractmethod
-    def batches(self, limit: int | None = None) -> Iterator[Batch]:
+    def batches(self, limit: int | None = None, done: Done = _NOTHING) -> Iterator[Batch]:
         """Yield all rows in order, or the first `limit`; empty batches are left out.
+
+        Of files what is `done` is left out, but counted; only they can be begun so.
 
         Raises
         ------
         ValueError
-            If a file is damaged, or a batch has another dimension or dtype than the first.
+            If a file is damaged, has changed since the source was opened, or a batch has another dimension or dtype
+            than the first.
         """
 
-    def share(self, ranks: Ranks) -> Source:
-        """Return what this process reads of it: of files whole ones, divided by their sizes.
+    def share(self, ranks: Ranks, done: Done = _NOTHING) -> Source:
+        """Return what this process reads of it: of files whole ones, divided by the sizes of what is not `done`.
 
         Raises
         ------
@@ -105,7 +136,16 @@ class Source(ABC):
 
     def fingerprint(self) -> str | None:
         """Return a hash of the files' sizes, times, headers and sampled blocks; None for data in memory."""
+        inputs = self.inputs()
+        return None if inputs is None else combined([print_of_one for _, print_of_one in inputs])
+
+    def inputs(self) -> list[tuple[str, str]] | None:
+        """Return name and fingerprint of each file; None for data in memory."""
         return None
+
+    def num_rows_of(self, done: Done) -> int:
+        """Return how many of its rows are done."""
+        return 0
 
     def __repr__(self) -> str:
         rows = "?" if self.num_rows is None else self.num_rows
@@ -205,7 +245,7 @@ class MemorySource(Source):
     def parts(self, batch_bytes: int) -> Iterator[tuple[Any, str]]:
         """Yield arrays or tensors `(..., dim)` of about `batch_bytes`, and what errors call each."""
 
-    def batches(self, limit: int | None = None) -> Iterator[Batch]:
+    def batches(self, limit: int | None = None, done: Done = _NOTHING) -> Iterator[Batch]:
         """Yield all rows in order, or the first `limit`, in host memory."""
         start = 0
         for part, name in self.parts(self._batch_bytes):
@@ -301,16 +341,21 @@ def _on(device: Any) -> str:
 
 
 class _FileSource(Source):
+    in_files = True
+
     def __init__(self, paths: list[AnyPath], name: str, column: str | None, batch_bytes: int, num_threads: int) -> None:
         self.name = name
         self._paths = paths
-        self._shards = open_shards(paths, column)
+        # Before anything is read: what is read later must be of the same file.
+        self._states = [state_of(path) for path in paths]
+        self._shards = dict(enumerate(open_shards(paths, column)))
+        self._inputs: list[tuple[str, str]] | None = None
         self._batch_bytes = batch_bytes
         self._num_threads = num_threads
-        self.num_rows = _sum_of(shard.num_rows for shard in self._shards)
+        self.num_rows = _sum_of(shard.num_rows for shard in self._shards.values())
         self.dim, self.dtype = 0, ""
         self._first: AnyPath | str = paths[0]
-        for shard in self._shards:
+        for shard in self._shards.values():
             self._check(shard.path, shard.dim, shard.dtype)
         if self.dim == 0:
             for batch in self.batches(limit=1):
@@ -328,35 +373,58 @@ class _FileSource(Source):
                 f"{path} has dimension {dim} and dtype {dtype}, {self._first} has {self.dim} and {self.dtype}"
             )
 
-    def batches(self, limit: int | None = None) -> Iterator[Batch]:
+    def batches(self, limit: int | None = None, done: Done = _NOTHING) -> Iterator[Batch]:
         # Rows that lie as they are used are read by all threads at once, while the system fetches on from the disk.
         # Those that must be decoded or fetched come from a thread that works ahead.
-        works_ahead = any(shard.decoded or isinstance(shard.path, RemotePath) for shard in self._shards)
+        works_ahead = any(shard.decoded or isinstance(shard.path, RemotePath) for shard in self._shards.values())
         depth = _DEPTH if works_ahead else 1
-        batches = self._batches(limit, depth)
+        batches = self._batches(limit, done.copy(), depth)
         return prefetch(batches, depth) if works_ahead else batches
 
-    def _batches(self, limit: int | None, depth: int) -> Generator[Batch, None, None]:
-        total = 0
-        with closing(FetchAhead(plan(self._shards))) as ahead:
+    def _batches(self, limit: int | None, done: Done, depth: int) -> Generator[Batch, None, None]:
+        total = sum(done.rows.values())
+        left = [(number, done.rows.get(number, 0)) for number in self._shards if number not in done.whole]
+        with closing(FetchAhead(plan((self._shards[number], begin) for number, begin in left))) as ahead:
             blocks = Blocks(self._batch_bytes, depth, self._num_threads, ahead)
-            for shard in self._shards:
-                for chunk in shard.chunks(blocks):
+            for number, begin in left:
+                shard = self._shards[number]
+                for chunk in chunks_from(shard, blocks, begin):
                     rows = _first(chunk.rows, limit, total)
                     if not len(rows.values):
                         return
                     self._check(shard.path, rows.values.shape[1], rows.dtype)
                     total += len(rows.values)
-                    yield Batch(rows, str(shard.path), chunk.start, chunk.check)
+                    yield Batch(rows, str(shard.path), chunk.start, number, chunk.check)
+                self._check_unchanged(number)
 
-    def share(self, ranks: Ranks) -> Source:
+    def share(self, ranks: Ranks, done: Done = _NOTHING) -> Source:
         mine = copy.copy(self)
-        mine._shards = [self._shards[i] for i in ranks.share([size_of(path) for path in self._paths])]
-        mine.num_rows = _sum_of(shard.num_rows for shard in mine._shards)
+        left = [
+            0 if number in done.whole else _size_left(state[0], shard, done.rows.get(number, 0))
+            for (number, shard), state in zip(self._shards.items(), self._states, strict=True)
+        ]
+        mine._shards = {number: self._shards[number] for number in ranks.share(left)}
+        mine.num_rows = _sum_of(shard.num_rows for shard in mine._shards.values())
         return mine
 
-    def fingerprint(self) -> str | None:
-        return combined([fingerprint(path) for path in self._paths])
+    def num_rows_of(self, done: Done) -> int:
+        return sum(done.rows.get(number, 0) for number in self._shards)
+
+    def inputs(self) -> list[tuple[str, str]] | None:
+        if self._inputs is None:
+            self._inputs = [(path.name, fingerprint(path)) for path in self._paths]
+            for number in range(len(self._paths)):
+                self._check_unchanged(number)
+        return self._inputs
+
+    def _check_unchanged(self, number: int) -> None:
+        path = self._paths[number]
+        if state_of(path) != self._states[number]:
+            raise ValueError(f"{path} has changed while it was read: start again once nothing writes to it")
+
+
+def _size_left(num_bytes: int, shard: Shard, num_rows_done: int) -> int:
+    return num_bytes * (shard.num_rows - num_rows_done) // shard.num_rows if shard.num_rows else num_bytes
 
 
 def _first(rows: Rows, limit: int | None, done: int) -> Rows:

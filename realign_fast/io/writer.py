@@ -11,7 +11,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -21,12 +22,15 @@ import numpy as np
 from .. import _C
 from .._dtypes import Rows, storage, to_float64
 from .._errors import BadRowsError
+from .._progress import progress as show_progress
 from .._ranks import ALONE, Ranks
 from .._rows import dtype_name
+from .._stop import Stopped
 from ..backends import count_threads
 from . import _manifest
 from ._encoders import Encoder, open_encoders, read
 from ._fingerprint import fingerprint
+from ._id_order import PICKLE_ID, IdOrder, id_name, id_problem, ids_of
 from ._manifest import Entry, Journal, Manifest, Start
 from ._pickles import PickleShard
 from ._prefetch import prefetch
@@ -35,9 +39,10 @@ from ._remote import AnyPath, FetchAhead, RemotePath, copy_to, naming, size_of
 from ._sink import Sink
 from ._tar import LoadedTar, TarShard
 from .formats import Shard, format_of, open_shard, unknown
-from .sources import BATCH_BYTES, MANIFEST, SIDECAR, file_paths
+from .sources import BATCH_BYTES, MANIFEST, SIDECAR, count_rows, file_paths
 
 Transform = Callable[[Rows, Rows, int, int], tuple[int, int, int]]
+ShowProgress = Callable[[int | None, int], AbstractContextManager[Callable[[int], None]]]
 
 _DEPTH = 3  # blocks in flight on either side of the transform
 _MAX_UNSYNCED_FILES = 4
@@ -62,7 +67,7 @@ def rewrite(
     resume: bool = False,
     overwrite: bool = False,
     num_threads: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: ShowProgress | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Put the rows of every file through `transform` and write them under the same names into `out_dir`.
@@ -105,7 +110,8 @@ def rewrite(
     num_threads
         That compute; by default the cores this process may use.
     progress
-        Called with the number of rows just done.
+        `progress(num_rows, initial)` is a context that gives a function, which is told how many rows are done as they
+        are: of `num_rows`, None where that is not known, of which `initial` were done before.
     ranks
         The processes that divide the files between them: all call this alike, and the first writes the manifest.
 
@@ -141,19 +147,21 @@ def rewrite(
     start: Any = ranks.broadcast(journal and journal.start)
     journal = journal or Journal(folder, start, ranks.rank)
     finished = dict(journal.entries)
-    if progress is not None and finished:
-        progress(sum(entry["rows"] for entry in finished.values()))
     try:
         left = [target for target in targets if target.source.name not in finished]
         mine = [left[i] for i in ranks.share([size_of(target.source) for target in left])]
         first = open_shard(left[0].source, column) if left else None
-        run = _Run(mine, transform, column, id_column, dtype, journal, progress, first)
-        run.do(count_threads(num_threads))
+        with _showing(progress, mine, column, finished) as advance:
+            run = _Run(mine, transform, column, id_column, dtype, journal, advance, first)
+            run.do(count_threads(num_threads))
         of_all = ranks.gather((journal.entries, run.notes))
         for entries_of_one, _ in of_all:
             journal.entries |= entries_of_one
         if ranks.first:
             journal.finish()
+    except Stopped as stopped:
+        stopped.kept = f"finished files are kept in {folder}, go on with --resume"
+        raise
     finally:
         journal.close()
     entries = journal.entries.values()
@@ -168,6 +176,17 @@ def rewrite(
     }
 
 
+def _showing(
+    progress: ShowProgress | None, targets: list[_Target], column: str | None, finished: dict[str, Entry]
+) -> AbstractContextManager[Callable[[int], None] | None]:
+    """Show the progress of what this process does; what was done before counts where it does all."""
+    if progress is None:
+        return nullcontext()
+    before = sum(entry["rows"] for entry in finished.values())
+    num_rows = count_rows([target.source for target in targets], column)
+    return progress(None if num_rows is None else before + num_rows, before)
+
+
 def convert(
     data: Any,
     out_dir: str | os.PathLike[str],
@@ -177,7 +196,7 @@ def convert(
     id_column: str = "id",
     resume: bool = False,
     overwrite: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Write the files of `data` (a path, glob, directory or list of paths) in another format, as `rewrite` does.
 
@@ -194,7 +213,7 @@ def convert(
         unit_norm=False,
         resume=resume,
         overwrite=overwrite,
-        progress=progress,
+        progress=partial(show_progress, "convert") if progress else None,
     )
 
 
@@ -284,10 +303,7 @@ def _take_over(
 
 
 def _check_same_job(folder: Path, manifest: Manifest, head: dict[str, Any]) -> None:
-    old, new = manifest.head["job"], json.loads(json.dumps(head["job"]))
-    for key in sorted({*old, *new}):
-        if old.get(key) != new.get(key):
-            raise ValueError(f"{folder} holds another job: {key} was {old.get(key)!r}, now it is {new.get(key)!r}")
+    _manifest.check_same_job(str(folder), manifest.head["job"], json.loads(json.dumps(head["job"])))
     before = {item["name"]: item["fingerprint"] for item in manifest.head["inputs"]}
     now = {item["name"]: item["fingerprint"] for item in head["inputs"]}
     for name in sorted({*before, *now}):
@@ -330,7 +346,7 @@ def _check_space(folder: Path, targets: list[_Target], column: str | None, dtype
 class _Output:
     """One file on its way through the threads."""
 
-    def __init__(self, target: _Target, shard: Shard, rows: int, dim: int, dtype: str) -> None:
+    def __init__(self, target: _Target, shard: Shard, rows: int, dim: int, dtype: str, id_column: str) -> None:
         self.target = target
         self.shard = shard
         self.num_rows, self.dim, self.dtype = rows, dim, dtype
@@ -339,6 +355,9 @@ class _Output:
         self.rows_done = 0
         self.bad_rows = 0
         self._failed = False
+        self._id_name = id_name(shard, id_column)
+        self._ids = IdOrder()
+        self._id_column = id_column
 
     def new_sink(self, path: Path) -> Sink:
         self.sinks.append(Sink(path))
@@ -348,6 +367,8 @@ class _Output:
         try:
             for encoder in self.encoders:
                 encoder.write(rows, chunk)
+            if self._id_name is not None:
+                self._ids.update(ids_of(chunk.columns, self._id_name))
         except BaseException:
             self._failed = True
             raise
@@ -370,8 +391,16 @@ class _Output:
             "column": self.encoders[0].column,
             "bad_rows": self.bad_rows,
             "sidecar": sidecar,
+            "ids": self._id_order(),
             **self.sinks[0].finish(),
         }
+
+    def _id_order(self) -> dict[str, Any] | None:
+        hashes = None if self._id_name is None else self._ids.hashes()
+        if hashes is None:
+            return None
+        in_pickle = format_of(self.sinks[-1].path) == "pickle"
+        return {"column": PICKLE_ID if in_pickle else self._id_column, "xxh64": hashes}
 
     def discard(self) -> None:
         for sink in self.sinks:
@@ -403,6 +432,7 @@ class _Run:
             self._next = prefetch(self._next, 2)
         self._journal = journal
         self._progress = progress
+        self.fingerprints = {item["name"]: item["fingerprint"] for item in journal.start.head["inputs"]}
         self._lock = Lock()
         # What the shapes of all are compared with, in other processes too.
         self._first = first if first is not None and first.dim else None
@@ -416,9 +446,9 @@ class _Run:
             num_lanes = max(1, min(num_threads, len(self._targets), _MAX_LANES))
         try:
             with ThreadPoolExecutor(1, "realign-sync") as syncer, ThreadPoolExecutor(num_lanes, "realign-file") as pool:
-                lanes = [pool.submit(_Lane(self, num_threads // num_lanes, syncer).work) for _ in range(num_lanes)]
                 try:
-                    wait(lanes)
+                    threads = num_threads // num_lanes
+                    wait([pool.submit(_Lane(self, threads, syncer).work) for _ in range(num_lanes)])
                 except BaseException as error:  # an interrupt
                     self._errors[-1] = error
             if self._errors:
@@ -478,7 +508,7 @@ class _Run:
             self.notes.add(f"{shard.path}: members of no sample are left out, the first is {shard.stray!r}")
         if dim == 0 and target.format != format_of(shard.path):
             raise ValueError(f"{shard.path} has no rows and states no dimension: leave it out")
-        output = _Output(target, shard, shard.num_rows or 0, dim, dtype)
+        output = _Output(target, shard, shard.num_rows or 0, dim, dtype, self.id_column)
         self._unfinished.append(output)
         output.encoders = open_encoders(
             shard,
@@ -554,6 +584,8 @@ class _Lane:
             self._map(output, chunk, writer)
         if output.rows_done != output.num_rows:
             raise ValueError(f"{target.source}: expected {output.num_rows} rows, found {output.rows_done}")
+        if fingerprint(target.source) != self._run.fingerprints[target.source.name]:
+            raise ValueError(f"{target.source} has changed since the job began: start it again with overwrite")
         self._syncs.append(self._syncer.submit(self._run.finish, index, output, writer.submit(output.close)))
         if len(self._syncs) > _MAX_UNSYNCED_FILES:
             self._syncs.popleft().result()
@@ -583,7 +615,8 @@ def verify(out_dir: str | os.PathLike[str], progress: Callable[[int], None] | No
 
     Checks that the job has finished, that each file is there with the size and hash stated, that it can be read and has
     the rows, dimension and dtype stated, that rows have length one where the job makes them so (zeros only as many as
-    there were bad rows), and that there are no other files.
+    there were bad rows), that ids, in the file or beside it, are those of the input in their order, and that there are
+    no other files.
 
     Returns
     -------
@@ -609,7 +642,7 @@ def verify(out_dir: str | os.PathLike[str], progress: Callable[[int], None] | No
     for entry in manifest.files.values():
         damaged = [_hash_problem(folder, output) for output in _manifest.outputs_of(entry)]
         found = [problem for problem in damaged if problem] or _content_problems(folder, entry, unit_norm)
-        problems += found
+        problems += found or _id_problems(folder, entry)
         if progress is not None:
             progress(entry["rows"])
     known = manifest.names() | {MANIFEST, _manifest.JOURNAL, *(path.name for path in _manifest.journal_parts(folder))}
@@ -644,6 +677,17 @@ def _hash_problem(folder: Path, output: dict[str, Any]) -> str | None:
     if hasher.hexdigest() != output["xxh64"]:
         return f"{output['name']} has changed: its hash is {hasher.hexdigest()}, the manifest states {output['xxh64']}"
     return None
+
+
+def _id_problems(folder: Path, entry: Entry) -> list[str]:
+    if entry.get("ids") is None:
+        return []
+    holder = entry["sidecar"] or entry
+    try:
+        problem = id_problem(folder / holder["name"], entry["ids"]["column"], entry["ids"]["xxh64"], entry["rows"])
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    return [] if problem is None else [problem]
 
 
 def _content_problems(folder: Path, entry: Entry, unit_norm: bool) -> list[str]:
