@@ -3,7 +3,9 @@
 Format version 1: the tensors that the kind names, little-endian, and under the metadata key `realign_fast` a JSON
 object with `format` (the version), `kind` ("alignment" or "moments"), `package` (the version that wrote it) and the
 fields of the kind. Equal contents give equal bytes. Version 2 adds to moments the tensors `pilot` (dim,) and `products`
-(dim, dim), the lower triangle of the sum of (u - pilot)(u - pilot)^T; a file without them is written as version 1.
+(dim, dim), the lower triangle of the sum of (u - pilot)(u - pilot)^T; a file without them is written as version 1. Of
+the kind "window", version 2, are the moments of several parts: their tensors along a first axis, their fields in a list
+`parts`, with a `name` each.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from ._version import __version__
 FORMAT_VERSION = 2
 _KEY = "realign_fast"
 # A dimension of a million in float64 is 40 MB; whatever is larger than this was never written by us.
-_MAX_FILE_BYTES = 1 << 30
+MAX_FILE_BYTES = 1 << 30
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -65,6 +67,8 @@ def save(
 
     header = {"format": version, "kind": kind, "package": __version__, **fields}
     data = to_bytes(dict(tensors), metadata={_KEY: json.dumps(header, allow_nan=False)})
+    if len(data) > MAX_FILE_BYTES:
+        raise ValueError(f"{path} would have {len(data)} bytes, more than the {MAX_FILE_BYTES} that are read again")
     write_atomically(Path(path), data)
 
 
@@ -124,7 +128,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, NDArray[Any]], dict[s
     from safetensors import SafetensorError, safe_open
 
     size = Path(path).stat().st_size
-    if size > _MAX_FILE_BYTES:
+    if size > MAX_FILE_BYTES:
         raise ValueError(f"{path} has {size} bytes, more than an alignment or moments can have")
     try:
         with safe_open(os.fspath(path), framework="numpy") as file:

@@ -15,9 +15,9 @@ from . import _C, _triton_rows
 from ._dtypes import Rows
 from ._errors import BadRowsError
 from ._progress import progress as show_progress
-from ._reader import Reader, take_rows
+from ._reader import Reader
 from ._rows import dtype_name, host_values
-from ._sample import Sample
+from ._sample import Sample, take_rows
 from ._steps import Noise
 from ._torch_steps import staged_transform
 from ._triton_rows import Accumulator, affine, read_bad_rows

@@ -8,12 +8,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ._errors import BadRowsError
 from ._progress import progress as show_progress
 from ._ranks import ALONE, Ranks
-from ._sample import Sample
+from ._sample import Sample, take_rows
 from .backends import check_has_kernels, choose, find_device
 from .io.sources import Batch, Source
 from .methods import Parameters
@@ -114,8 +113,9 @@ class RanksReader(Reader):
         moments = self._ranks.total(moments)
         num_rows = sum(self._ranks.gather(part.num_seen))
         sample = Sample(source.dim, source.dtype, num_rows)
-        for keys, values in self._ranks.collect(part.kept_of(num_rows)):
-            sample.add(keys, partial(take_rows, values))
+        part.expect(num_rows)
+        for each in self._ranks.collect(part):
+            sample.merge(each)
         return moments, sample
 
     def transformed_moments(self, source: Source, parameters: Parameters) -> Moments:
@@ -127,11 +127,6 @@ class RanksReader(Reader):
         while isinstance(found := self._ranks.broadcast(None), Parameters):
             self._ranks.total(self._reader.transformed_moments(source, found))
         return found
-
-
-def take_rows(values: NDArray[Any], numbers: NDArray[np.intp], out: NDArray[Any]) -> None:
-    """Copy rows of these numbers to `out`."""
-    np.take(values, numbers, axis=0, out=out, mode="clip")
 
 
 @contextmanager

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ._dtypes import Rows, storage
+from ._dtypes import Rows, own, storage
 
 MAX_ROWS = 131_072
 MAX_BYTES = 96 << 20
@@ -66,12 +67,30 @@ class Sample:
             self._refilter()
             self._halvings += self._num_kept == kept
 
-    def kept_of(self, num_rows: int) -> tuple[NDArray[np.uint64], NDArray[Any]]:
-        """Return the keys `(n,)` and the rows `(n, dim)` that stay where `num_rows` came in all, here and elsewhere."""
+    def merge(self, other: Sample) -> None:
+        """Look at what another sample has kept of other rows: then this is that of one that has seen them all."""
+        self._halvings = max(self._halvings, other._halvings)
+        total = self.num_seen + other.num_seen
+        other.expect(max(total, self._expected))
+        kept = slice(other._num_kept)
+        self.add(other._keys[kept], partial(take_rows, other._values[kept]))
+        self.num_seen = total
+        self._lower_bound()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refilter()
+        kept = slice(self._num_kept)
+        return self.__dict__ | {"_keys": self._keys[kept], "_values": self._values[kept]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._keys, self._values = own(self._keys), own(self._values)
+
+    def expect(self, num_rows: int) -> None:
+        """Drop what does not stay where `num_rows` come in all, here and elsewhere."""
         self._expected = num_rows
         self._lower_bound()
         self._refilter()
-        return self._keys[: self._num_kept], self._values[: self._num_kept]
 
     def _lower_bound(self) -> None:
         needed = max(self.num_seen, self._expected)
@@ -113,3 +132,8 @@ class Sample:
     def take(self, numbers: NDArray[np.intp]) -> Rows:
         """Return a copy of the rows that `ranking` calls so."""
         return Rows(self._values[numbers], self.dtype)
+
+
+def take_rows(values: NDArray[Any], numbers: NDArray[np.intp], out: NDArray[Any]) -> None:
+    """Copy rows of these numbers to `out`."""
+    np.take(values, numbers, axis=0, out=out, mode="clip")

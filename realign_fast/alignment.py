@@ -90,6 +90,10 @@ class Drift:
         return self.distance > 3 * self.noise_floor
 
 
+class DriftWarning(UserWarning):
+    """The rows of a loader no longer come from what its alignment was fitted on."""
+
+
 @dataclass(frozen=True, eq=False)
 class Alignment:
     """A fitted map `out = pi(pi(scale * u + shift) + correction)` of rows, with `u = pi(row)`, `pi(z) = z / ||z||`.
@@ -414,10 +418,25 @@ def fit(
     text_source = open_source(text, name="text", key=key, column=text_column, num_threads=num_threads)
     image_source = open_source(image, name="image", key=key, column=image_column, num_threads=num_threads)
     _check_readable(text_source, solver, method)
-    _check_dims(text_source, image_source)
     sources = text_source, image_source
     reader = reader_for(backend, sources, on_bad_rows, num_threads, limit=limit, progress=progress, ranks=ranks)
     text_source, image_source = text_source.share(ranks), image_source.share(ranks)
+    return fit_sources(text_source, image_source, reader, method, options, num_threads, encoder, ranks)
+
+
+def fit_sources(
+    text_source: Source,
+    image_source: Source,
+    reader: Reader,
+    method: str,
+    options: Mapping[str, Any],
+    num_threads: int | None = None,
+    encoder: str | None = None,
+    ranks: Ranks = ALONE,
+) -> Alignment:
+    """Fit to sources that `reader` reads; parameters and errors as `fit`."""
+    solver = get_method(method, dict(options))
+    _check_dims(text_source, image_source)
     target, image_sample = reader.moments_and_sample(image_source, solver.covariances)
     source, text_sample = reader.moments_and_sample(text_source, solver.covariances)
     if isinstance(reader, RanksReader) and not ranks.first:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _C, _files
-from ._dtypes import Rows
+from ._dtypes import Rows, own
 from ._errors import BadRowsError, raise_if_bad
 from ._products import Products
 from ._rows import as_rows, dtype_name, is_tensor, refuse_gradients
@@ -27,6 +27,8 @@ Precision = Literal["exact", "high", "fast"]
 
 # One sum of 2**36 elements of magnitude 1 in units of 2**-27 is the largest that int64 holds.
 _MAX_COUNT = 1 << (63 - _C.FIXED_POINT_BITS)
+# A unit row, rounded, may be longer than 1 by a little.
+_MAX_NORM = 1.001
 # Whose mean is near enough to that of all rows to keep the digits of their products.
 _PILOT_ROWS = 4096
 # Rows that a cache keeps are looked at before they are added, of more the products are kept until they are known to be
@@ -55,7 +57,8 @@ class Moments:
         Dimension of the rows, at least 1.
     covariance
         Collect it too, for the maps that need it: `dim**2` products a row, in the same read. It agrees to 1e-7
-        (relative, Frobenius norm) whatever the order, chunking and merging.
+        (relative, Frobenius norm) whatever the order, chunking and merging; after a subtraction, to 1e-7 times the
+        ratio of the rows before and after it (`MomentsWindow` keeps the parts, and so the digits).
     precision
         Of those products: "exact", float32 and added up in float64; "high", on a GPU at least three TF32 products each,
         else the same as "exact"; "fast", bfloat16 products with float32 sums, on a GPU and on processors with
@@ -281,6 +284,11 @@ class Moments:
         mean = self.mean
         return max(0.0, (self.count - self.num_zero) / self.count - float(mean @ mean))
 
+    def _could_be(self) -> bool:
+        """Return whether some set of rows has these counts and sums: no mean of unit rows is longer than 1."""
+        good = self._count - self._num_zero
+        return good >= 0 and float(np.linalg.norm(_to_float(self._sums))) <= _MAX_NORM * good
+
     @property
     def has_covariance(self) -> bool:
         """Whether the covariance is collected."""
@@ -372,6 +380,8 @@ class Moments:
         rest._num_zero = self.num_zero - part.num_zero
         rest._num_skipped = self.num_skipped - part.num_skipped
         rest._sums = self._sums - part._sums
+        if not rest._could_be():
+            raise ValueError(f"{part!r} is no part of {self!r}: no unit rows have the sums that would be left")
         mine, theirs = self._products, part._products
         if rest._count and mine is not None and theirs is not None:
             rest._products = mine.copy()
@@ -390,6 +400,11 @@ class Moments:
     def __getstate__(self) -> object:
         return super(Moments, self._settled()).__getstate__()
 
+    def __setstate__(self, state: tuple[None, dict[str, Any]]) -> None:
+        for name, value in state[1].items():
+            setattr(self, name, value)
+        self._sums = own(self._sums)
+
     __hash__ = None  # type: ignore[assignment]  # a mutable value
 
     def __repr__(self) -> str:
@@ -407,6 +422,11 @@ class Moments:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, whole or not at all."""
+        tensors, fields = self.as_tensors()
+        _files.save(path, "moments", tensors, fields, version=2 if self.has_covariance else 1)
+
+    def as_tensors(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """Return what a file keeps of them: its tensors and the fields of its header."""
         fields: dict[str, Any] = {
             "count": self.count,
             "num_zero": self.num_zero,
@@ -415,9 +435,9 @@ class Moments:
         }
         tensors: dict[str, NDArray[Any]] = {"sums": self._sums}
         if self._products is None:
-            return _files.save(path, "moments", tensors, fields)
+            return tensors, fields
         tensors |= {"pilot": self._products.pilot, "products": np.tril(self._products.sums)}
-        _files.save(path, "moments", tensors, fields | {"precision": self.precision}, version=2)
+        return tensors, fields | {"precision": self.precision}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Moments:
@@ -433,6 +453,11 @@ class Moments:
         real = np.dtype(np.float64)
         shapes = {"sums": (np.dtype(np.int64), 1)}
         tensors, fields = _files.load(path, "moments", shapes, optional={"products": (real, 2), "pilot": (real, 1)})
+        return cls.from_tensors(path, tensors, fields)
+
+    @classmethod
+    def from_tensors(cls, path: object, tensors: Mapping[str, NDArray[Any]], fields: Mapping[str, Any]) -> Moments:
+        """Return moments of what `as_tensors` gave; ValueError, which names `path`, where that cannot be."""
         counts: dict[str, int] = {}
         for name in ("count", "num_zero", "num_skipped"):
             value = fields.get(name)
@@ -442,13 +467,13 @@ class Moments:
         if fields.get("fixed_point_bits") != _C.FIXED_POINT_BITS:
             raise ValueError(f"{path}: sums in units this package does not know")
         sums = tensors["sums"]
-        # A rounded unit row may pass 1 by a little.
-        limit = 1.001 * counts["count"] * 2.0**_C.FIXED_POINT_BITS
-        if sums.size == 0 or counts["num_zero"] > counts["count"] or (np.abs(sums.astype(np.float64)) > limit).any():
+        if sums.size == 0:
             raise ValueError(f"{path}: sums and counts do not fit together")
         moments = cls(sums.size, "products" in tensors)
         moments._count, moments._num_zero, moments._num_skipped = counts.values()
         moments._sums = np.ascontiguousarray(sums)
+        if not moments._could_be():
+            raise ValueError(f"{path}: sums and counts do not fit together")
         if moments._products is not None:
             moments._load_products(path, moments._products, tensors, fields)
         return moments

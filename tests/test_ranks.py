@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,8 +14,7 @@ import numpy as np
 import pytest
 
 from realign_fast import _sample
-from realign_fast._reader import take_rows
-from realign_fast._sample import Sample
+from realign_fast._sample import Sample, take_rows
 from realign_fast.cli import main
 from realign_fast.io._manifest import Journal, Start, load, new_head
 
@@ -144,8 +144,12 @@ def test_a_sample_of_shares_is_the_sample_of_all(monkeypatch):
     cuts = np.sort(rng.integers(0, len(values), 3))
     parts = zip(np.split(keys, cuts), np.split(values, cuts), strict=True)
     shares = [sample_of([part], None) for part in parts]
-    merged = sample_of([share.kept_of(len(values)) for share in shares], sum(share.num_seen for share in shares))
-    np.testing.assert_array_equal(merged.take(merged.ranking()).values, whole.take(whole.ranking()).values)
+    for num_rows in (None, len(values)):
+        merged = Sample(DIM, "float32", num_rows)
+        for share in shares:
+            merged.merge(pickle.loads(pickle.dumps(share)))
+        assert merged.num_seen == len(values)
+        np.testing.assert_array_equal(merged.take(merged.ranking()).values, whole.take(whole.ranking()).values)
 
 
 # ---- apply ----------------------------------------------------------------------------------------------------------

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from realign_fast import _sample
-from realign_fast._reader import take_rows
-from realign_fast._sample import Sample
+from realign_fast._sample import Sample, take_rows
 
 DIM = 16
 
