@@ -243,7 +243,8 @@ def _inspect(arguments: argparse.Namespace) -> dict[str, Any]:
     elif kind == "window":
         window = MomentsWindow.load(path)
         described = {"kind": kind, "size": window.size, "parts": len(window), "names": window.names}
-        described |= _describe_moments(window.total) if len(window) else {"dim": window.dim}
+        total = window.total
+        described |= _describe_moments(total) if total.count else {"dim": total.dim}
     else:
         source = open_source(path, name="file", column=arguments.embedding_column)
         described = {"kind": "embeddings", "rows": source.num_rows, "dim": source.dim, "dtype": source.dtype}

@@ -23,6 +23,8 @@ pytestmark = [
 ]
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
+from realign_fast.ray import _BlockReader, _BlockSource  # noqa: E402 (needs ray)
+
 DIM = 24
 COUNTS = (400, 1, 60, 539)
 TOTAL = sum(COUNTS)
@@ -84,16 +86,32 @@ def files(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["realign", "anchor_trace"])
-def test_a_fit_is_that_of_the_same_rows_in_arrays(files, method):
+def test_a_fit_is_that_of_the_same_rows_in_arrays(method):
     options = {"refine": 1} if method == "realign" else {}
     wanted = rf.fit(TEXT, IMAGE, method=method, **options)
-    text = ray.data.read_parquet(str(files), include_paths=True)
-    found = rf.ray.fit(text, tensors(IMAGE), method=method, encoder="e", **options)
+    found = rf.ray.fit(tensors(TEXT), tensors(IMAGE), method=method, encoder="e", **options)
     assert found.fingerprint == wanted.fingerprint
     assert found.report == wanted.report
     assert found.report["held_out"] is not None
     assert (found.encoder, found.source.count, found.target.count) == ("e", TOTAL, 700)
     np.testing.assert_array_equal(found.transform(TEXT), wanted.transform(TEXT))
+
+
+@pytest.mark.slow
+def test_a_fit_of_files_that_ray_reads(files):
+    text = ray.data.read_parquet(str(files), include_paths=True)
+    found, wanted = rf.ray.fit(text, tensors(IMAGE), refine=1), rf.fit(TEXT, IMAGE, refine=1)
+    assert (found.fingerprint, found.report) == (wanted.fingerprint, wanted.report)
+    bad = TEXT[400:401] * np.nan
+    parquet.write_table(pa.table({"embedding": list(bad), "id": ["1-0"]}), files / "part_1.parquet")
+    dataset = ray.data.read_parquet(str(files), include_paths=True)
+    with pytest.raises(BadRowsError, match=r"^column 'embedding', block of \d+ rows from \S*part_1\.parquet: row \d+ "):
+        rf.ray.moments(dataset)
+    alignment = rf.fit(TEXT, IMAGE)
+    for batch_format in ("numpy", "pyarrow", "pandas"):
+        dataset = ray.data.read_parquet(str(files.parent / "text" / "part_3.parquet"))
+        found = dataset.map_batches(align(alignment), batch_format=batch_format, batch_size=64).take_all()
+        np.testing.assert_array_equal(np.stack([row["embedding"] for row in found]), alignment.transform(TEXT[461:]))
 
 
 def test_a_sample_smaller_than_the_set():
@@ -134,16 +152,11 @@ def test_moments_of_groups_and_of_pandas():
     assert rf.ray.moments(ray.data.from_pandas(frame)) == rf.Moments(DIM).update(TEXT)
 
 
-def test_bad_rows_and_where_they_are(files):
+def test_bad_rows_and_where_they_are():
     spoiled = TEXT.copy()
     spoiled[[407, 420]] = np.nan
-    bad = TEXT[400:461].copy()
-    bad[[7, 20]] = np.nan
-    parquet.write_table(pa.table({"embedding": list(bad)}), files / "part_1.parquet")
-    (files / "part_2.parquet").unlink()
-    dataset = ray.data.read_parquet(str(files), include_paths=True)
-    with pytest.raises(BadRowsError, match=r"^column 'embedding', block of \d+ rows from \S*part_1\.parquet: row \d+ "):
-        rf.ray.moments(dataset)
+    with pytest.raises(BadRowsError, match=r"^column 'embedding', block of \d+ rows from 8\.parquet: row \d+ is bad"):
+        rf.ray.moments(tensors(spoiled, path=np.array([f"{i // 50}.parquet" for i in range(TOTAL)])))
     with pytest.raises(
         BadRowsError, match=r"^text, column 'embedding', block of 1000 rows: row 407 is bad .*2 with NaN"
     ):
@@ -165,11 +178,19 @@ def test_data_sets_that_are_wrong(tmp_path):
     ragged = ray.data.from_items([{"embedding": [1.0, 2.0]}, {"embedding": [1.0]}], override_num_blocks=1)
     with pytest.raises(ValueError, match="column 'embedding': row 1 has 1 elements, expected 2"):
         rf.ray.moments(ragged)
-    mixed = tensors(TEXT).union(ray.data.from_arrow(pa.table({"embedding": [[1.0, 2.0]]})))
-    with pytest.raises(ValueError, match="has dimension 2 and dtype float64, the first row of all has 24 and float32"):
+    lists = pa.list_(pa.float32())
+    mixed = ray.data.from_arrow([pa.table({"embedding": pa.array(list(x), lists)}) for x in (TEXT, TEXT[:2, :2])])
+    with pytest.raises(
+        ValueError, match=r"must have rows of dimension 24, got shape \(2, 2\)|has dimension 2 and dtype"
+    ):
         rf.ray.fit(mixed, tensors(IMAGE))
+    block = _BlockSource(pa.table({"embedding": pa.array(list(TEXT[:2, :2]), lists)}), "embedding", "text, ")
+    with pytest.raises(
+        ValueError, match=r"block of 2 rows has dimension 2 and dtype float32, the first .* 24 and float16"
+    ):
+        _BlockReader("raise", 9, 24, "float16").moments(block)
     with pytest.raises(ValueError, match="no rows"):
-        rf.ray.moments(tensors(TEXT).filter(lambda row: False))
+        rf.ray.moments(tensors(TEXT).map_batches(lambda table: table.slice(0, 0), batch_format="pyarrow"))
     growing = tmp_path / "grown"
 
     def grow(table):
@@ -183,18 +204,19 @@ def test_data_sets_that_are_wrong(tmp_path):
 
 
 @pytest.mark.parametrize("batch_format", ["numpy", "pyarrow", "pandas"])
-def test_rows_are_mapped_in_every_batch_format(files, batch_format):
+def test_rows_are_mapped_in_every_batch_format(batch_format):
     alignment = rf.fit(TEXT, IMAGE)
-    function = align(alignment)
     wanted = alignment.transform(TEXT)
-    for dataset in (tensors(TEXT, id=np.arange(TOTAL)), ray.data.read_parquet(str(files))):
-        mapped = dataset.map_batches(function, batch_format=batch_format, batch_size=64)
-        found = mapped.take_all()
-        assert len(found) == TOTAL
-        order = sorted(range(TOTAL), key=lambda i: found[i]["id"]) if isinstance(found[0]["id"], int) else range(TOTAL)
-        values = np.stack([found[i]["embedding"] for i in order])
-        assert values.dtype == np.float32
-        np.testing.assert_array_equal(values, wanted)
+    kinds = pa.list_(pa.float32()), pa.large_list(pa.float32()), pa.list_(pa.float32(), DIM)
+    lists = [
+        ray.data.from_arrow(pa.table({"id": range(TOTAL), "embedding": pa.array(list(TEXT), kind)})) for kind in kinds
+    ]
+    for dataset in (tensors(TEXT, id=np.arange(TOTAL)), *lists):
+        mapped = dataset.map_batches(align(alignment), batch_format=batch_format, batch_size=300).materialize()
+        found = sorted(mapped.take_all(), key=lambda row: row["id"])
+        assert [row["id"] for row in found] == list(range(TOTAL))
+        values = np.stack([row["embedding"] for row in found])
+        np.testing.assert_array_equal(values.astype(np.float32), wanted)
         if batch_format == "pyarrow":
             assert mapped.schema().types == dataset.schema().types
 
