@@ -59,7 +59,7 @@ class _BlockSource(Source):
             start += len(rows.values)
 
 
-class _ReadAggregate(AggregateFnV2[Any, Any]):
+class _ReadAggregate(AggregateFnV2):  # type: ignore[type-arg]  # no generic class before Ray 2.47
     """What `read` finds in the embeddings of each block, merged."""
 
     def __init__(

@@ -442,7 +442,7 @@ def test_rows_by_number_and_functions_watch_too(fitted, streams):
     # Aligned twice.
     mapped = align(fitted)({"embedding": of_the_fit(300, 51)})
     with pytest.warns(DriftWarning, match="not aligned yet"):
-        align(fitted, check_drift=300)(mapped)
+        pickle.loads(pickle.dumps(align(fitted, check_drift=300)))(mapped)
 
 
 def test_workers_that_are_forked_watch(fitted, streams):
@@ -452,6 +452,7 @@ def test_workers_that_are_forked_watch(fitted, streams):
         list(DataLoader(left, batch_size=None, num_workers=2))
 
 
+@pytest.mark.slow
 def test_workers_that_are_spawned_watch(fitted, streams, capfd):
     stream = EmbeddingStream(streams[1], fitted, 1000, True, check_drift=1000)
     found = list(DataLoader(stream, batch_size=None, num_workers=1, multiprocessing_context="spawn"))
@@ -519,6 +520,9 @@ def test_tables_and_frames_keep_what_they_hold(alignment, whole):
                 {"v": pa.chunked_array([columns["list"][:4], pa.array([[1.0] * DIM, None], pa.list_(pa.float32()))])}
             )
         )
+    permuted = pa.fixed_shape_tensor(pa.float32(), [2, DIM], permutation=[1, 0])
+    with pytest.raises(ValueError, match="column 'v' holds tensors with permuted axes"):
+        function(pa.table({"v": pa.ExtensionArray.from_storage(permuted, table["v"].chunk(0).storage)}))
     with pytest.raises(ValueError, match="column 'v' must hold lists or tensors of numbers, got string"):
         function(pa.table({"v": ["a"]}))
 

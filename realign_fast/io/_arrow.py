@@ -234,11 +234,14 @@ def embeddings_of(where: str, array: Any, start: int) -> NDArray[Any]:
 
     `where` and the row `start`, the first, are for errors. ValueError where rows are missing or of different lengths.
     """
-    if hasattr(array, "to_numpy_ndarray"):  # tensors: those of pyarrow, or of Ray
+    if hasattr(array.type, "shape"):  # tensors: those of pyarrow, or of Ray
         if array.null_count:
             row = start + int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
             raise ValueError(f"{where}: row {row} is null, expected an embedding")
-        values: NDArray[Any] = array.to_numpy_ndarray()
+        order = getattr(array.type, "permutation", None)
+        if order is not None and list(order) != sorted(order):
+            raise ValueError(f"{where} holds tensors with permuted axes ({array.type}): store them in order")
+        values: NDArray[Any] = array.to_numpy_ndarray() if hasattr(array, "to_numpy_ndarray") else array.to_numpy()
         return values
     if not hasattr(array.type, "value_type"):
         raise ValueError(f"{where} must hold lists or tensors of numbers, got {array.type}")
