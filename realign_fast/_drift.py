@@ -44,9 +44,10 @@ class DriftWatch:
     def look(self, x: Any, num_threads: int | None = None) -> None:
         """Look at some of the next rows: `Rows`, or an array or tensor `(n, dim)`."""
         num_rows = len(x.values if isinstance(x, Rows) else x)
-        if self._warned:
+        # Never waits: another thread may be looking, or have been where this process was forked.
+        if self._warned or not self._lock.acquire(blocking=False):
             return
-        with self._lock:
+        try:
             while self._next < num_rows:
                 end = min(num_rows, self._next + (self._num_rows - self._looked) * self._stride)
                 part = slice(self._next, end, self._stride)
@@ -57,6 +58,8 @@ class DriftWatch:
                 if self._looked == self._num_rows:
                     self._judge()
             self._next -= num_rows
+        finally:
+            self._lock.release()
 
     def _judge(self) -> None:
         moments, self._moments, self._looked = self._moments, Moments(self._alignment.dim), 0

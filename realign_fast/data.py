@@ -171,9 +171,9 @@ class EmbeddingDataset(Dataset[Sample]):
     check_drift
         Whether to look at some rows before they are mapped, and to give one `DriftWarning` in each worker where their
         mean lies more than three noise floors from that of the fit, as `Alignment.check` measures it. True looks at
-        windows of 8,192 rows, a number at so many: the first that come, then ever fewer of the rest, so that it costs
-        nothing that can be measured. Rows in order of their sources are no random sample: shuffle them, or choose
-        windows that span several.
+        windows of 8,192 rows, a number at so many: the first that come, then one row in 128, in 256 and so on, so that
+        it costs less than a hundredth of the mapping. Rows in order of their sources are no random sample: shuffle
+        them, or choose windows that span several.
 
     Raises
     ------
