@@ -2,7 +2,7 @@
 
 `fit` reads text and image embeddings and returns an `Alignment`; its `transform` maps text embeddings to where image
 embeddings lie, and `nn.ReAlign` is the same as a layer of torch. `Moments` are the statistics, for those who gather
-them elsewhere, and `Whitener` whitens one set.
+them elsewhere, `MomentsWindow` keeps those of a sliding corpus, and `Whitener` whitens one set.
 """
 
 from __future__ import annotations
@@ -15,17 +15,29 @@ from ._version import __version__
 if TYPE_CHECKING:
     from . import data as data
     from . import nn as nn
+    from . import ray as ray
     from .alignment import Alignment, fit, fit_from_moments
     from .bank import AlignmentBank
     from .moments import Moments
     from .whitening import Whitener
+    from .window import MomentsWindow
 
-__all__ = ["Alignment", "AlignmentBank", "Moments", "Whitener", "__version__", "fit", "fit_from_moments"]
+__all__ = [
+    "Alignment",
+    "AlignmentBank",
+    "Moments",
+    "MomentsWindow",
+    "Whitener",
+    "__version__",
+    "fit",
+    "fit_from_moments",
+]
 
 _HOMES = {
     "Alignment": "alignment",
     "AlignmentBank": "bank",
     "Moments": "moments",
+    "MomentsWindow": "window",
     "Whitener": "whitening",
     "fit": "alignment",
     "fit_from_moments": "alignment",
@@ -33,7 +45,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("data", "nn"):  # not among the public names: `from realign_fast import *` does without torch
+    if name in ("data", "nn", "ray"):  # not among the public names: `from realign_fast import *` does without torch
         return import_module(f".{name}", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -70,7 +70,7 @@ class Read:
         """Add what another process has read."""
         self.moments.merge(other.moments)
         if self.sample is not None and other.sample is not None:
-            self.sample.merge(other.sample.kept_of(self.sample.num_seen + other.sample.num_seen))
+            self.sample.merge(other.sample)
         for number, count in other.done.rows.items():
             self.done.rows[number] = max(count, self.done.rows.get(number, 0))
         self.done.whole.update(other.done.whole)
@@ -266,7 +266,7 @@ class Checkpoint:
                 "map": "" if self._read is None else self._read.map,
                 "finished": [_pack(read, str(index), tensors) for index, read in enumerate(self._finished)],
             }
-        _files.save(self._path, "partial", tensors, fields)
+        _files.save(self._path, "partial", tensors, fields, max_bytes=_MAX_BYTES)
         self._written = True
 
     def _open(self) -> None:

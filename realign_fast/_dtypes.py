@@ -49,6 +49,11 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     return buffer[start : start + size].view(dtype).reshape(shape)
 
 
+def own(array: NDArray[Any]) -> NDArray[Any]:
+    """Return the array, or a copy where it cannot be written: pickle gives such that lie in another's memory."""
+    return array if array.flags.writeable else array.copy()
+
+
 @dataclass(slots=True, eq=False)  # small batches come by the hundred thousand, and a named tuple costs twice as much
 class Rows:
     """`(n, dim)` embeddings: `values` in `storage(dtype)`, last axis contiguous, any row stride."""

@@ -1,10 +1,11 @@
 """The files of the package, alignments, moments and what a fit has read: safetensors with one JSON header entry.
 
 Format version 1: the tensors that the kind names, little-endian, and under the metadata key `realign_fast` a JSON
-object with `format` (the version), `kind` ("alignment", "moments" or "partial"), `package` (the version that wrote it)
-and the fields of the kind. Equal contents give equal bytes. Version 2 adds to moments the tensors `pilot` (dim,) and
-`products` (dim, dim), the lower triangle of the sum of (u - pilot)(u - pilot)^T; a file without them is written as
-version 1.
+object with `format` (the version), `kind` ("alignment", "moments", "window" or "partial"), `package` (the version that
+wrote it) and the fields of the kind. Equal contents give equal bytes. Version 2 adds to moments the tensors `pilot`
+(dim,) and `products` (dim, dim), the lower triangle of the sum of (u - pilot)(u - pilot)^T; a file without them is
+written as version 1. Of the kind "window", version 2, are the moments of several parts: their tensors along a first
+axis, their fields in a list `parts`, with a `name` each.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _CODES = {
     "uint8": "U8",
 }
 # A dimension of a million in float64 is 40 MB; whatever is larger than this was never written by us.
-_MAX_FILE_BYTES = 1 << 30
+MAX_FILE_BYTES = 1 << 30
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -73,6 +74,7 @@ def save(
     fields: Mapping[str, Any],
     *,
     version: int = 1,
+    max_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Write a file of `kind`, whole or not at all; `version` is the oldest of the format that can hold it."""
     header: dict[str, Any] = {"format": version, "kind": kind, "package": __version__, **fields}
@@ -86,6 +88,9 @@ def save(
         entries[name] = {"dtype": _CODES[array.dtype.name], "shape": list(array.shape), "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    size = 8 + len(text) + end
+    if size > max_bytes:
+        raise ValueError(f"{path} would have {size} bytes, more than the {max_bytes} that are read again")
     with replacing(Path(path)) as temporary, temporary.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:  # one after the other: together, as bytes, they would be in memory twice
@@ -126,7 +131,7 @@ def load(
 
 
 def load_all(
-    path: str | os.PathLike[str], kind: str, max_bytes: int = _MAX_FILE_BYTES
+    path: str | os.PathLike[str], kind: str, max_bytes: int = MAX_FILE_BYTES
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """Read a file of `kind` with whatever tensors it holds, of which nothing is checked; raises as `load`."""
     tensors, fields = _read(path, max_bytes)
@@ -154,7 +159,7 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
 
 
 def _read(
-    path: str | os.PathLike[str], max_bytes: int = _MAX_FILE_BYTES
+    path: str | os.PathLike[str], max_bytes: int = MAX_FILE_BYTES
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 

@@ -7,8 +7,12 @@ algorithm for computing sample variances, 1979).
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
+
+from ._dtypes import own
 
 Matrix = NDArray[np.float64]
 
@@ -64,6 +68,11 @@ class Products:
         copied.chosen, copied.error, copied.pilot = self.chosen, self.error, self.pilot
         copied.sums = self.sums.copy()
         return copied
+
+    def __setstate__(self, state: tuple[None, dict[str, Any]]) -> None:
+        for name, value in state[1].items():
+            setattr(self, name, value)
+        self.pilot, self.sums = own(self.pilot), own(self.sums)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Products):

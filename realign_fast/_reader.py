@@ -166,8 +166,9 @@ class RanksReader(Reader):
             moments, part = self._ranks.total(moments), sample
             num_rows = sum(self._ranks.gather(part.num_seen))
             sample = Sample(source.dim, source.dtype, num_rows)
-            for kept in self._ranks.collect(part.kept_of(num_rows)):
-                sample.merge(kept)
+            part.expect(num_rows)
+            for each in self._ranks.collect(part):
+                sample.merge(each)
         self._finish(Read(moments, sample))
         return moments, sample
 

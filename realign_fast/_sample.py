@@ -4,29 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ._dtypes import Rows, storage
+from ._dtypes import Rows, own, storage
 
 MAX_ROWS = 131_072
 MAX_BYTES = 96 << 20
-
-
-class Kept(NamedTuple):
-    """What a sample has kept: keys `(n,)` and rows `(n, dim)`, of how many, and how often its bound was halved."""
-
-    keys: NDArray[np.uint64]
-    values: NDArray[Any]
-    num_seen: int
-    halvings: int
-
-
-def take_rows(values: NDArray[Any], numbers: NDArray[np.intp], out: NDArray[Any]) -> None:
-    """Copy rows of these numbers to `out`."""
-    np.take(values, numbers, axis=0, out=out, mode="clip")
 
 
 class Sample:
@@ -81,12 +67,30 @@ class Sample:
             self._refilter()
             self._halvings += self._num_kept == kept
 
-    def kept_of(self, num_rows: int) -> Kept:
-        """Return what stays where `num_rows` rows came in all, here and elsewhere."""
+    def merge(self, other: Sample) -> None:
+        """Look at what another sample has kept of other rows: then this is that of one that has seen them all."""
+        self._halvings = max(self._halvings, other._halvings)
+        total = self.num_seen + other.num_seen
+        other.expect(max(total, self._expected))
+        kept = slice(other._num_kept)
+        self.add(other._keys[kept], partial(take_rows, other._values[kept]))
+        self.num_seen = total
+        self._lower_bound()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refilter()
+        kept = slice(self._num_kept)
+        return self.__dict__ | {"_keys": self._keys[kept], "_values": self._values[kept]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._keys, self._values = own(self._keys), own(self._values)
+
+    def expect(self, num_rows: int) -> None:
+        """Drop what does not stay where `num_rows` come in all, here and elsewhere."""
         self._expected = num_rows
         self._lower_bound()
         self._refilter()
-        return Kept(self._keys[: self._num_kept], self._values[: self._num_kept], self.num_seen, self._halvings)
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, int]]:
         """Return the tensors `keys` `(n,)` and `rows` `(n, dim)`, and the counts, that `of_state` makes it from."""
@@ -118,14 +122,6 @@ class Sample:
         sample._keys[: len(keys)], sample._values[: len(keys)] = keys, values
         sample._num_kept = len(keys)
         return sample
-
-    def merge(self, kept: Kept) -> None:
-        """Add what another sample has kept."""
-        num_seen = self.num_seen + kept.num_seen
-        self._halvings = max(self._halvings, kept.halvings)  # what lies above its bound is not there
-        self.add(kept.keys, partial(take_rows, kept.values))
-        self.num_seen = num_seen
-        self._lower_bound()
 
     def _lower_bound(self) -> None:
         needed = max(self.num_seen, self._expected)
@@ -167,3 +163,8 @@ class Sample:
     def take(self, numbers: NDArray[np.intp]) -> Rows:
         """Return a copy of the rows that `ranking` calls so."""
         return Rows(self._values[numbers], self.dtype)
+
+
+def take_rows(values: NDArray[Any], numbers: NDArray[np.intp], out: NDArray[Any]) -> None:
+    """Copy rows of these numbers to `out`."""
+    np.take(values, numbers, axis=0, out=out, mode="clip")

@@ -92,6 +92,10 @@ class Drift:
         return self.distance > 3 * self.noise_floor
 
 
+class DriftWarning(UserWarning):
+    """The rows of a loader no longer come from what its alignment was fitted on."""
+
+
 @dataclass(frozen=True, eq=False)
 class Alignment:
     """A fitted map `out = pi(pi(scale * u + shift) + correction)` of rows, with `u = pi(row)`, `pi(z) = z / ||z||`.
@@ -427,7 +431,6 @@ def fit(
         image, name="image", key=key, column=image_column, side="target", num_threads=num_threads
     )
     _check_readable(text_source, solver, method)
-    _check_dims(text_source, image_source)
     sources = {"image": image_source, "text": text_source}
     job = {
         "command": "fit",
@@ -452,22 +455,9 @@ def fit(
         checkpoint=checkpoint,
     )
     with nullcontext() if checkpoint is None else checkpoint.keeping():
-        target, image_sample = reader.moments_and_sample(image_source, solver.covariances)
-        source, text_sample = reader.moments_and_sample(text_source, solver.covariances)
-        if isinstance(reader, RanksReader) and not ranks.first:
-            found: Alignment = reader.follow(text_source)
-            return found
-        check_sets(source, target)
-        text_part, image_part = _Part.whole(text_sample), _Part.whole(image_sample)
-        moments_of = partial(reader.transformed_moments, text_source)
-        solution = solver.solve(_Problem(source, target, moments_of, text_part, image_part, num_threads), **options)
-        report = _report(method, options, source, target, solution)
-        if solution.selection:
-            report["selection"] = solution.selection
-        report |= _sample_report(solver, dict(options) | solution.chosen, text_part, image_part, num_threads)
-        prints = {"text": text_source.fingerprint(), "image": image_source.fingerprint()}
-        fingerprints = {name: value for name, value in prints.items() if value is not None}
-        alignment = _alignment(method, solution, source, target, report, fingerprints, encoder)
+        alignment = fit_sources(text_source, image_source, reader, method, options, num_threads, encoder, ranks)
+        if not ranks.first:
+            return alignment
         if checkpoint is not None and output is not None:
             alignment.save(output)
             checkpoint.remove()
@@ -492,6 +482,37 @@ def _num_reads(solver: Method, options: Mapping[str, Any]) -> int:
     """Return how many reads of whole sets a fit takes, at most."""
     refine = options.get("refine", 0)
     return 2 + (1 + refine if solver.reads_again and isinstance(refine, int) else 0)
+
+
+def fit_sources(
+    text_source: Source,
+    image_source: Source,
+    reader: Reader,
+    method: str,
+    options: Mapping[str, Any],
+    num_threads: int | None = None,
+    encoder: str | None = None,
+    ranks: Ranks = ALONE,
+) -> Alignment:
+    """Fit to sources that `reader` reads; parameters and errors as `fit`. In the first process, before the others."""
+    solver = get_method(method, dict(options))
+    _check_dims(text_source, image_source)
+    target, image_sample = reader.moments_and_sample(image_source, solver.covariances)
+    source, text_sample = reader.moments_and_sample(text_source, solver.covariances)
+    if isinstance(reader, RanksReader) and not ranks.first:
+        found: Alignment = reader.follow(text_source)
+        return found
+    check_sets(source, target)
+    text_part, image_part = _Part.whole(text_sample), _Part.whole(image_sample)
+    moments_of = partial(reader.transformed_moments, text_source)
+    solution = solver.solve(_Problem(source, target, moments_of, text_part, image_part, num_threads), **options)
+    report = _report(method, options, source, target, solution)
+    if solution.selection:
+        report["selection"] = solution.selection
+    report |= _sample_report(solver, dict(options) | solution.chosen, text_part, image_part, num_threads)
+    prints = {"text": text_source.fingerprint(), "image": image_source.fingerprint()}
+    fingerprints = {name: value for name, value in prints.items() if value is not None}
+    return _alignment(method, solution, source, target, report, fingerprints, encoder)
 
 
 def fit_from_moments(

@@ -99,7 +99,8 @@ def _against_triton(device: str, dtypes: Collection[str]) -> str | None:
 def count_threads(num_threads: int | None) -> int:
     """Return how many threads a kernel uses: `num_threads`, or the cores this process might use when first asked.
 
-    Inside a DataLoader worker it is one, since there the workers are the parallelism.
+    Inside a DataLoader worker it is one, since there the workers are the parallelism, and in a task or an actor of Ray
+    as many as it was given.
 
     Raises
     ------
@@ -113,6 +114,11 @@ def count_threads(num_threads: int | None) -> int:
     worker = sys.modules.get("torch.utils.data._utils.worker")
     if worker is not None and worker.get_worker_info() is not None:
         return 1
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        context = ray.get_runtime_context()
+        if context.worker.mode == ray.WORKER_MODE:
+            return max(1, int(context.get_assigned_resources().get("CPU", 1)))
     return _count_cores(os.getpid())
 
 

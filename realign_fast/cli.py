@@ -10,8 +10,8 @@ import argparse
 import io
 import json
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, redirect_stderr
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -170,10 +170,27 @@ def _merge(arguments: argparse.Namespace) -> dict[str, Any]:
 
     _check_output_file(arguments.output)
     merged = Moments.load(arguments.parts[0])
-    for part in arguments.parts[1:]:
-        merged.merge(Moments.load(part))
+    for path in arguments.parts[1:]:
+        part = Moments.load(path)
+        with _naming(path):
+            merged.merge(part)
+    for path in arguments.subtract:
+        part = Moments.load(path)
+        with _naming(path):
+            merged = merged - part
+    if merged.count == 0:
+        raise ValueError(f"nothing is left for {arguments.output}")
     merged.save(arguments.output)
     return {"command": "merge", "output": str(arguments.output), **_describe_moments(merged)}
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Say of which file a ValueError speaks."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _apply(arguments: argparse.Namespace) -> dict[str, Any] | None:
@@ -226,6 +243,7 @@ def _inspect(arguments: argparse.Namespace) -> dict[str, Any]:
     from .alignment import Alignment
     from .io.sources import open_source
     from .moments import Moments
+    from .window import MomentsWindow
 
     path = Path(arguments.file)
     kind = _files.kind_of(path) if path.is_file() and path.suffix == ".safetensors" else None
@@ -233,6 +251,11 @@ def _inspect(arguments: argparse.Namespace) -> dict[str, Any]:
         described = _describe_alignment(Alignment.load(path))
     elif kind == "moments":
         described = {"kind": kind, **_describe_moments(Moments.load(path))}
+    elif kind == "window":
+        window = MomentsWindow.load(path)
+        described = {"kind": kind, "size": window.size, "parts": len(window), "names": window.names}
+        total = window.total
+        described |= _describe_moments(total) if total.count else {"dim": total.dim}
     else:
         source = open_source(path, name="file", column=arguments.embedding_column)
         described = {"kind": "embeddings", "rows": source.num_rows, "dim": source.dim, "dtype": source.dtype}
@@ -373,8 +396,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_columns(stats)
     _add_threads(stats)
 
-    merge = command("merge", _merge, "add up moments gathered apart")
+    merge = command("merge", _merge, "add up moments gathered apart, and take some out")
     merge.add_argument("parts", nargs="+", metavar="MOMENTS")
+    merge.add_argument(
+        "--subtract", nargs="+", default=[], metavar="MOMENTS", help="take these parts out again: rows that have gone"
+    )
     merge.add_argument("-o", "--output", required=True, metavar="FILE")
 
     apply = command("apply", _apply, "map every file of TEXT into a directory")

@@ -19,19 +19,21 @@ except ModuleNotFoundError as missing:
     raise ImportError("realign_fast.data needs torch: pip install 'realign-fast[torch]'") from missing
 
 from . import _C
+from ._columns import map_column
+from ._drift import watch_for
 from ._dtypes import Rows, storage
 from ._errors import raise_if_bad
 from ._rows import host_values, is_tensor
 from ._steps import Noise
 from ._transform import Steps, transform_rows
-from .alignment import Alignment
+from .alignment import Alignment, DriftWarning
 from .backends import count_threads
 from .io._ids import Ids, open_ids
 from .io._prefetch import prefetch
 from .io._random import BadRows, RandomRows
 from .io.sources import file_paths
 
-__all__ = ["EmbeddingDataset", "EmbeddingStream", "align", "align_collate"]
+__all__ = ["DriftWarning", "EmbeddingDataset", "EmbeddingStream", "align", "align_collate"]
 
 # What a thread maps at a time: small enough for the last cache between being read and being mapped, large enough that
 # the calls do not count.
@@ -60,6 +62,7 @@ class _AlignedRows:
         id_column: str,
         ids: Any,
         index: str | os.PathLike[str] | None,
+        check_drift: bool | int,
     ) -> None:
         self.rows = RandomRows(file_paths(paths), column)
         if alignment is not None and alignment.dim != self.rows.dim:
@@ -67,6 +70,7 @@ class _AlignedRows:
         if ids is not None and index is None:
             raise ValueError("ids need an index: pass index=, the file that is to hold it")
         self._alignment = alignment
+        self._watch = watch_for(alignment, check_drift)
         self._memory = _Memory()
         self.ids: Ids | None = None
         if index is not None:
@@ -85,14 +89,18 @@ class _AlignedRows:
             return out
         parameters = self._alignment.parameters
         steps = Steps.of(parameters)
-        row_map = steps.table[0].row_map if steps.single and steps.table and not parameters.noise_std else None
+        row_map = None  # of rows that may be mapped as they are read
+        if steps.single and steps.table and not parameters.noise_std and self._watch is None:
+            row_map = steps.table[0].row_map
         step = max(1, _PART_BYTES * threads // self.rows.row_bytes)
         for start in range(0, len(numbers), step):
             to = target[start : start + step]
             bad = fill(start, to, threads, row_map)
             if row_map is None:
-                noise = Noise.of(parameters.noise_std, seed, numbers[start : start + len(to)], (len(to),))
                 rows = Rows(to, self.rows.dtype)
+                if self._watch is not None:
+                    self._watch.look(rows, threads)
+                noise = Noise.of(parameters.noise_std, seed, numbers[start : start + len(to)], (len(to),))
                 bad = transform_rows(Steps.of(parameters, noise), rows, rows, threads)
             if bad[2] >= 0:
                 raise_if_bad(bad, "raise", f"the batch with {self.rows.place(int(numbers[start + bad[2]]))}")
@@ -164,6 +172,12 @@ class EmbeddingDataset(Dataset[Sample]):
         Without it, the id of a row is its number.
     seed
         Of noise.
+    check_drift
+        Whether to look at some rows before they are mapped, and to give one `DriftWarning` in each worker where their
+        mean lies more than three noise floors from that of the fit, as `Alignment.check` measures it. True looks at
+        windows of 8,192 rows, a number at so many: the first that come, then one row in 128, in 256 and so on, so that
+        it costs less than a hundredth of the mapping. Rows in order of their sources are no random sample: shuffle
+        them, or choose windows that span several.
 
     Raises
     ------
@@ -183,8 +197,9 @@ class EmbeddingDataset(Dataset[Sample]):
         id_column: str = "id",
         index: str | os.PathLike[str] | None = None,
         seed: int = 0,
+        check_drift: bool | int = False,
     ) -> None:
-        self._source = _AlignedRows(paths, alignment, column, id_column, ids, index)
+        self._source = _AlignedRows(paths, alignment, column, id_column, ids, index, check_drift)
         self.seed = seed
 
     @property
@@ -236,7 +251,7 @@ class EmbeddingStream(IterableDataset[Sample]):
 
     Parameters
     ----------
-    paths, alignment, column, ids, id_column, index
+    paths, alignment, column, ids, id_column, index, check_drift
         As `EmbeddingDataset`.
     batch_size
         Rows of a batch; None: rows one by one.
@@ -270,13 +285,14 @@ class EmbeddingStream(IterableDataset[Sample]):
         buffer_rows: int = 32768,
         rank: int | None = None,
         world_size: int | None = None,
+        check_drift: bool | int = False,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if buffer_rows < 1:
             raise ValueError(f"buffer_rows must be at least 1, got {buffer_rows}")
         self.rank, self.world_size = _place_in_job(rank, world_size)
-        self._source = _AlignedRows(paths, alignment, column, id_column, ids, index)
+        self._source = _AlignedRows(paths, alignment, column, id_column, ids, index, check_drift)
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
         at_once = batch_size or _SAMPLES_AT_ONCE
         self._at_once = at_once
@@ -453,22 +469,29 @@ def _place_in_job(rank: int | None, world_size: int | None) -> tuple[int, int]:
 class _Align:
     """See `align`; a class, since it must be pickled for workers."""
 
-    def __init__(self, alignment: Alignment, key: str, collate: Callable[[list[Any]], Any] | None, seed: int) -> None:
+    def __init__(
+        self,
+        alignment: Alignment,
+        key: str,
+        collate: Callable[[list[Any]], Any] | None,
+        seed: int,
+        check_drift: bool | int,
+    ) -> None:
         self._alignment, self._key, self._collate, self._seed = alignment, key, collate, seed
+        self._watch = watch_for(alignment, check_drift)
 
     def __call__(self, sample: Any) -> Any:
         """Map the embeddings of a sample or a batch."""
         if self._collate is not None:
             sample = self._collate(sample)
-        if not isinstance(sample, Mapping) or self._key not in sample:
-            found = list(sample) if isinstance(sample, Mapping) else type(sample).__name__
-            raise ValueError(f"expected a dict with {self._key!r}, got {found}")
-        x = sample[self._key]
-        if not is_tensor(x) and not isinstance(x, np.ndarray):
-            x = np.asarray(x, np.float32)  # lists, as tables give them
+        return map_column(sample, self._key, self._map)
+
+    def _map(self, x: Any) -> Any:
+        if self._watch is not None:
+            self._watch.look((x.detach() if is_tensor(x) else x).reshape(-1, x.shape[-1]))
         # Rows have no numbers here, so noise is that of their content: no two batches get the same.
         index = _numbers_of(x) if self._alignment.parameters.noise_std else None
-        return {**sample, self._key: self._alignment.transform(x, seed=self._seed, index=index)}
+        return self._alignment.transform(x, seed=self._seed, index=index)
 
 
 def _numbers_of(x: Any) -> NDArray[np.int64]:
@@ -480,12 +503,15 @@ def _numbers_of(x: Any) -> NDArray[np.int64]:
     return hashes.view(np.int64).reshape(rows.shape[:-1])
 
 
-def align(alignment: Alignment, key: str = "embedding", *, seed: int = 0) -> Callable[[Any], Any]:
+def align(
+    alignment: Alignment, key: str = "embedding", *, seed: int = 0, check_drift: bool | int = False
+) -> Callable[[Any], Any]:
     """Return a function that maps the embeddings of a sample, or of a batch of them, and leaves the rest as it is.
 
     It takes and returns a dict, as `datasets.map` (`batched` or not), WebDataset's and torchdata's `map` and Ray Data's
-    `map` and `map_batches` want it, and can be pickled. Embeddings are arrays or tensors `(..., dim)`, or lists of
-    numbers, which become float32 arrays.
+    `map` and `map_batches` want it, or a pyarrow table or a pandas frame, which the last can hand it too
+    (`batch_format`), and can be pickled. Embeddings are arrays or tensors `(..., dim)`, or lists of numbers; lists of
+    Python become float32 arrays, columns of arrow keep their type.
 
     Parameters
     ----------
@@ -495,8 +521,10 @@ def align(alignment: Alignment, key: str = "embedding", *, seed: int = 0) -> Cal
         Where the embeddings lie.
     seed
         Of noise, which only "c3" has: that of a row depends on the seed and on its values.
+    check_drift
+        As `EmbeddingDataset`: here each copy of the function warns for itself.
     """
-    return _Align(alignment, key, None, seed)
+    return _Align(alignment, key, None, seed, check_drift)
 
 
 def align_collate(
@@ -505,14 +533,15 @@ def align_collate(
     collate: Callable[[list[Any]], Any] | None = None,
     *,
     seed: int = 0,
+    check_drift: bool | int = False,
 ) -> Callable[[list[Any]], Any]:
     """Return a collate function: `collate`, by default torch's own, and then `align`.
 
     Parameters
     ----------
-    alignment, key, seed
+    alignment, key, seed, check_drift
         As `align`.
     collate
         Makes a dict of a list of samples.
     """
-    return _Align(alignment, key, collate or default_collate, seed)
+    return _Align(alignment, key, collate or default_collate, seed, check_drift)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _C, _files
-from ._dtypes import Rows
+from ._dtypes import Rows, own
 from ._errors import BadRowsError, raise_if_bad
 from ._products import Products
 from ._rows import as_rows, dtype_name, is_tensor, refuse_gradients
@@ -29,6 +29,8 @@ Precision = Literal["exact", "high", "fast"]
 _MAX_COUNT = 1 << (63 - _C.FIXED_POINT_BITS)
 _SHAPES = {"sums": (np.dtype(np.int64), 1)}
 _MORE_SHAPES = {"products": (np.dtype(np.float64), 2), "pilot": (np.dtype(np.float64), 1)}
+# A unit row, rounded, may be longer than 1 by a little.
+_MAX_NORM = 1.001
 # Whose mean is near enough to that of all rows to keep the digits of their products.
 _PILOT_ROWS = 4096
 # Rows that a cache keeps are looked at before they are added, of more the products are kept until they are known to be
@@ -57,7 +59,8 @@ class Moments:
         Dimension of the rows, at least 1.
     covariance
         Collect it too, for the maps that need it: `dim**2` products a row, in the same read. It agrees to 1e-7
-        (relative, Frobenius norm) whatever the order, chunking and merging.
+        (relative, Frobenius norm) whatever the order, chunking and merging; after a subtraction, to 1e-7 times the
+        ratio of the rows before and after it (`MomentsWindow` keeps the parts, and so the digits).
     precision
         Of those products: "exact", float32 and added up in float64; "high", on a GPU at least three TF32 products each,
         else the same as "exact"; "fast", bfloat16 products with float32 sums, on a GPU and on processors with
@@ -283,6 +286,11 @@ class Moments:
         mean = self.mean
         return max(0.0, (self.count - self.num_zero) / self.count - float(mean @ mean))
 
+    def _could_be(self) -> bool:
+        """Return whether some set of rows has these counts and sums: no mean of unit rows is longer than 1."""
+        good = self._count - self._num_zero
+        return good >= 0 and float(np.linalg.norm(_to_float(self._sums))) <= _MAX_NORM * good
+
     @property
     def has_covariance(self) -> bool:
         """Whether the covariance is collected."""
@@ -374,6 +382,8 @@ class Moments:
         rest._num_zero = self.num_zero - part.num_zero
         rest._num_skipped = self.num_skipped - part.num_skipped
         rest._sums = self._sums - part._sums
+        if not rest._could_be():
+            raise ValueError(f"{part!r} is no part of {self!r}: no unit rows have the sums that would be left")
         mine, theirs = self._products, part._products
         if rest._count and mine is not None and theirs is not None:
             rest._products = mine.copy()
@@ -391,6 +401,11 @@ class Moments:
 
     def __getstate__(self) -> object:
         return super(Moments, self._settled()).__getstate__()
+
+    def __setstate__(self, state: tuple[None, dict[str, Any]]) -> None:
+        for name, value in state[1].items():
+            setattr(self, name, value)
+        self._sums = own(self._sums)
 
     __hash__ = None  # type: ignore[assignment]  # a mutable value
 
@@ -451,13 +466,13 @@ class Moments:
         if fields.get("fixed_point_bits") != _C.FIXED_POINT_BITS:
             raise ValueError(f"{path}: sums in units this package does not know")
         sums = tensors["sums"]
-        # A rounded unit row may pass 1 by a little.
-        limit = 1.001 * counts["count"] * 2.0**_C.FIXED_POINT_BITS
-        if sums.size == 0 or counts["num_zero"] > counts["count"] or (np.abs(sums.astype(np.float64)) > limit).any():
+        if sums.size == 0:
             raise ValueError(f"{path}: sums and counts do not fit together")
         moments = cls(sums.size, "products" in tensors)
         moments._count, moments._num_zero, moments._num_skipped = counts.values()
         moments._sums = np.ascontiguousarray(sums)
+        if not moments._could_be():
+            raise ValueError(f"{path}: sums and counts do not fit together")
         if moments._products is not None:
             moments._load_products(path, moments._products, tensors, fields)
         return moments

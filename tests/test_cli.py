@@ -274,6 +274,41 @@ def test_parts_with_a_covariance_are_merged(folder, ok, refused):
     refused("merge", plain, whole, "-o", folder / "no.safetensors", says=("--covariance",))
 
 
+def test_parts_are_taken_out_of_a_sum(folder, ok, refused):
+    parts = {i: folder / f"part_{i}.safetensors" for i in (1, 2, 10)}
+    for i, part in parts.items():
+        ok("stats", folder / "text" / f"a_{i}.npy", "-o", part)
+    rest, both = folder / "rest.safetensors", folder / "both.safetensors"
+    ok("merge", parts[1], parts[10], "-o", both)
+    before = ok("merge", *parts.values(), "-o", rest, "--subtract", parts[2])
+    assert rest.read_bytes() == both.read_bytes()
+    assert before["rows"] == rf.Moments.load(both).count
+    assert ok("merge", *parts.values(), "-o", rest, "--subtract", parts[1], parts[2])["rows"] > 0
+    assert rest.read_bytes() == parts[10].read_bytes()
+
+    none, other = folder / "none.safetensors", folder / "other.safetensors"
+    whole = rf.Moments.load(parts[10])
+    refused("merge", parts[2], "-o", none, "--subtract", parts[10], says=(f"{parts[10]}: ", "no part of", "more rows"))
+    (rf.Moments(DIM) + rf.Moments(DIM).update(-values_of(folder / "text" / "a_10.npy"))).save(other)
+    refused("merge", parts[10], "-o", none, "--subtract", other, says=(f"{other}: ", "no part of", whole.count))
+    refused("merge", parts[10], "-o", none, "--subtract", parts[10], says=("nothing is left", none))
+    rf.Moments(3).update(cloud(9, 1, 3)).save(other)
+    refused("merge", parts[10], "-o", none, "--subtract", other, says=(f"{other}: ", "dimension"))
+    refused("merge", parts[10], other, "-o", none, says=(f"{other}: ", "dimension"))
+    refused("merge", parts[10], "-o", none, "--subtract", folder / "no", says=(folder / "no",))
+    assert not none.exists()
+
+
+def test_a_window_is_inspected(folder, ok):
+    window, path = rf.MomentsWindow(DIM, 5), folder / "w.safetensors"
+    window.save(path)
+    assert ok("inspect", path)["parts"] == 0
+    window.push(rf.Moments(DIM).update(cloud(9, 1)), "monday")
+    window.save(path)
+    found = ok("inspect", path)
+    assert (found["kind"], found["size"], found["names"], found["rows"]) == ("window", 5, ["monday"], 9)
+
+
 def test_stats_reads_no_more_than_the_limit(folder, ok):
     assert ok("stats", folder / "text", "-o", folder / "m.safetensors", "--limit", 7)["rows"] == 7
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 import realign_fast as rf
 from realign_fast._errors import BadRowsError
-from realign_fast.data import EmbeddingDataset, EmbeddingStream, align, align_collate
+from realign_fast.data import DriftWarning, EmbeddingDataset, EmbeddingStream, align, align_collate
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -413,3 +413,170 @@ def test_memory_is_used_again_but_not_while_a_batch_lives(tmp_path):
     places = {batch["embedding"].data_ptr() for _ in range(3) for batch in stream}
     assert len(places) < 20
     np.testing.assert_array_equal(torch.stack(views).numpy(), rows[5::2000])
+
+
+# ---- Drift ----------------------------------------------------------------------------------------------------------
+
+# Few directions hold most of the variance, as in real embeddings: there a mean varies the most.
+SPREAD = 1 / np.sqrt(1 + np.arange(DIM))
+AWAY = np.where(np.arange(DIM) % 2, 1, -1)
+
+
+def of_the_fit(count, seed, mean=0.0):
+    rng = np.random.default_rng([7, seed])
+    return (0.5 + mean * AWAY + SPREAD * rng.normal(size=(count, DIM))).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return rf.fit(of_the_fit(20_000, 0), make(500, seed=2))
+
+
+@pytest.fixture
+def streams(tmp_path):
+    """Return the folders of rows like those of the fit and of rows that have left it half way."""
+    for name, late in (("same", 0.0), ("left", 0.4)):
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            np.save(tmp_path / name / f"{number}.npy", of_the_fit(10_000, number + 1, late * (number > 1)))
+    return tmp_path / "same", tmp_path / "left"
+
+
+def test_no_false_alarm_in_many_windows(fitted):
+    # Warnings are errors here: 4,000 first windows, and some longer ones.
+    for size, count in ((64, 3000), (500, 1000)):
+        for seed in range(count):
+            align(fitted, check_drift=size)({"embedding": of_the_fit(size, 100 + seed)})
+    function = align(fitted, check_drift=64)
+    for seed in range(300):
+        function({"embedding": of_the_fit(1000, 10_000 + seed)})
+
+
+@pytest.mark.parametrize("batch_size", [None, 700])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_stream_that_leaves_the_fit_is_noticed_once(fitted, streams, batch_size, shuffle):
+    same, left = streams
+    options = {"check_drift": 100, "seed": 1, "buffer_rows": 2000}
+    list(EmbeddingStream(same, fitted, batch_size, shuffle, **options))
+    stream = EmbeddingStream(left, fitted, batch_size, shuffle, **options)
+    with pytest.warns(DriftWarning, match=r"the mean of 100 rows lies 0\.\d+ from .* \d+\.\d times the noise") as found:
+        first = list(stream)
+    assert len(found) == 1
+    again = list(stream)  # it has said so
+    np.testing.assert_array_equal(ids_of(first), ids_of(again))
+    plain = EmbeddingStream(left, fitted, batch_size, shuffle, seed=1, buffer_rows=2000)
+    np.testing.assert_array_equal(rows_of(first), rows_of(plain))
+
+
+def test_rows_by_number_and_functions_watch_too(fitted, streams):
+    same, left = streams
+    order = np.random.default_rng(0).permutation(40_000)[:3000].tolist()
+    EmbeddingDataset(same, fitted, check_drift=1000).__getitems__(order)
+    with pytest.warns(DriftWarning, match="the mean of 1000 rows"):
+        EmbeddingDataset(left, fitted, check_drift=1000).__getitems__(order)
+    other = of_the_fit(9000, 50, 0.2)
+    with pytest.warns(DriftWarning, match="the mean of 8192 rows"):
+        align(fitted, check_drift=True)({"embedding": other})
+    # One by one.
+    function = align_collate(fitted, check_drift=500)
+    with pytest.warns(DriftWarning, match="the mean of 500 rows"):
+        _ = [function([{"embedding": row}]) for row in torch.from_numpy(other[:500]).to(torch.bfloat16)]
+    # Aligned twice.
+    mapped = align(fitted)({"embedding": of_the_fit(300, 51)})
+    with pytest.warns(DriftWarning, match="not aligned yet"):
+        pickle.loads(pickle.dumps(align(fitted, check_drift=300)))(mapped)
+
+
+def test_workers_that_are_forked_watch(fitted, streams):
+    same, left = (EmbeddingStream(path, fitted, 1000, True, check_drift=1000) for path in streams)
+    assert len(list(DataLoader(same, batch_size=None, num_workers=2))) == 40
+    with pytest.raises(DriftWarning, match="the mean of 1000 rows lies"):  # warnings are errors there too
+        list(DataLoader(left, batch_size=None, num_workers=2))
+
+
+@pytest.mark.slow
+def test_workers_that_are_spawned_watch(fitted, streams, capfd):
+    stream = EmbeddingStream(streams[1], fitted, 1000, True, check_drift=1000)
+    found = list(DataLoader(stream, batch_size=None, num_workers=1, multiprocessing_context="spawn"))
+    assert len(found) == 40
+    assert capfd.readouterr().err.count("DriftWarning: the stream has left") == 1
+
+
+def test_looks_become_rarer(fitted, monkeypatch):
+    looked = []
+    update = rf.Moments.update_rows
+
+    def counting(self, rows, *arguments):
+        looked.append(len(rows.values))
+        update(self, rows, *arguments)
+
+    monkeypatch.setattr(rf.Moments, "update_rows", counting)
+    function = align(fitted, check_drift=50)
+    for seed in range(200):
+        function({"embedding": of_the_fit(997, seed)})
+    # The first 50, then one row of 128, of 256, ... of 2,048, 50 each time, and the first of the next window.
+    assert looked[0] == 50
+    assert sum(looked) == 6 * 50 + 1
+
+
+def test_what_cannot_be_watched(folder, alignment):
+    with pytest.raises(ValueError, match="check_drift needs an alignment"):
+        EmbeddingStream(folder, check_drift=True)
+    with pytest.raises(ValueError, match="check_drift must be at least 1 row, got 0"):
+        align(alignment, check_drift=0)
+    assert issubclass(rf.alignment.DriftWarning, UserWarning)
+
+
+# ---- Tables ---------------------------------------------------------------------------------------------------------
+
+
+def test_tables_and_frames_keep_what_they_hold(alignment, whole):
+    wanted = alignment.transform(whole[:6])
+    function = align(alignment, "v")
+    flat = pa.array(whole[:6].reshape(-1))
+    fixed = pa.FixedSizeListArray.from_arrays(flat, DIM)
+    columns = {
+        "list": pa.array(list(whole[:6]), pa.list_(pa.float32())),
+        "large": pa.array(list(whole[:6]), pa.large_list(pa.float32())),
+        "fixed": fixed,
+        "tensor": pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.float32(), [DIM]), fixed),
+    }
+    for column in columns.values():
+        table = pa.table({"id": range(6), "v": pa.chunked_array([column[:4], column[4:4], column[4:]])})
+        mapped = function(table)
+        assert mapped.schema == table.schema
+        assert mapped["id"] == table["id"]
+        storage = [chunk.storage if hasattr(chunk, "storage") else chunk for chunk in mapped["v"].chunks]
+        np.testing.assert_array_equal(np.concatenate([np.stack(chunk.to_pylist()) for chunk in storage]), wanted)
+        batch = function(pa.record_batch({"v": column}))
+        assert isinstance(batch, pa.RecordBatch)
+        assert function(table[:0]).num_rows == 0
+    patches = pa.fixed_shape_tensor(pa.float32(), [2, DIM])
+    table = pa.table({"v": pa.ExtensionArray.from_storage(patches, pa.FixedSizeListArray.from_arrays(flat, 2 * DIM))})
+    np.testing.assert_array_equal(function(table)["v"].chunk(0).to_numpy_ndarray().reshape(6, DIM), wanted)
+    with pytest.raises(ValueError, match=r"expected a column 'v', got \['x'\]"):
+        function(pa.table({"x": [1]}))
+    with pytest.raises(ValueError, match="column 'v': row 5 is null"):
+        function(
+            pa.table(
+                {"v": pa.chunked_array([columns["list"][:4], pa.array([[1.0] * DIM, None], pa.list_(pa.float32()))])}
+            )
+        )
+    permuted = pa.fixed_shape_tensor(pa.float32(), [2, DIM], permutation=[1, 0])
+    with pytest.raises(ValueError, match="column 'v' holds tensors with permuted axes"):
+        function(pa.table({"v": pa.ExtensionArray.from_storage(permuted, table["v"].chunk(0).storage)}))
+    with pytest.raises(ValueError, match="column 'v' must hold lists or tensors of numbers, got string"):
+        function(pa.table({"v": ["a"]}))
+
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"id": range(6), "v": list(whole[:6])}, index=[5, 4, 3, 2, 1, 0])
+    mapped = function(frame)
+    assert mapped["id"].tolist() == list(range(6))
+    np.testing.assert_array_equal(np.stack(mapped["v"]), wanted)
+    np.testing.assert_array_equal(np.stack(frame["v"]), whole[:6])
+    assert len(function(frame[:0])) == 0
+    with pytest.raises(ValueError, match=r"expected a column 'v', got \['id'\]"):
+        function(frame[["id"]])
+    ragged = np.array([np.ones(3, np.float32), np.ones(2, np.float32)], dtype=object)
+    with pytest.raises(ValueError, match=r"column 'v' must hold rows of one length, got shapes \[\(2,\), \(3,\)\]"):
+        function({"v": ragged})

@@ -14,7 +14,7 @@ import pytest
 import realign_fast
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("faiss", "matplotlib", "pyarrow", "torch", "transformers", "triton")
+HEAVY = ("faiss", "matplotlib", "pyarrow", "ray", "torch", "transformers", "triton")
 
 
 def run(*arguments: str, cwd: Path) -> str:

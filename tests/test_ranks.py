@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -143,10 +144,12 @@ def test_a_sample_of_shares_is_the_sample_of_all(monkeypatch):
     cuts = np.sort(rng.integers(0, len(values), 3))
     parts = zip(np.split(keys, cuts), np.split(values, cuts), strict=True)
     shares = [sample_of([part], None) for part in parts]
-    merged = Sample(DIM, "float32", len(values))
-    for share in shares:
-        merged.merge(share.kept_of(len(values)))
-    np.testing.assert_array_equal(merged.take(merged.ranking()).values, whole.take(whole.ranking()).values)
+    for num_rows in (None, len(values)):
+        merged = Sample(DIM, "float32", num_rows)
+        for share in shares:
+            merged.merge(pickle.loads(pickle.dumps(share)))
+        assert merged.num_seen == len(values)
+        np.testing.assert_array_equal(merged.take(merged.ranking()).values, whole.take(whole.ranking()).values)
 
 
 def test_a_heap_of_equal_rows_in_one_share_bounds_the_sample_of_all(monkeypatch):
@@ -161,7 +164,7 @@ def test_a_heap_of_equal_rows_in_one_share_bounds_the_sample_of_all(monkeypatch)
     for part in (slice(0, 130), slice(130, 190)):
         share = Sample(DIM, "float32", None)
         share.add(keys[part], partial(take_rows, values[part]))
-        merged.merge(share.kept_of(190))
+        merged.merge(share)
     np.testing.assert_array_equal(merged.take(merged.ranking()).values, whole.take(whole.ranking()).values)
 
 

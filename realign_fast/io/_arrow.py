@@ -226,7 +226,7 @@ def _first_length(path: AnyPath, array: Any) -> int:
     return length
 
 
-def _values(path: AnyPath, array: Any, dim: int, start: int) -> NDArray[Any]:
+def _values(path: object, array: Any, dim: int, start: int) -> NDArray[Any]:
     """Return the lists of `array`, the first of which is row `start`, as `(n, dim)` without copying."""
     array.validate(full=True)
     if array.null_count:
@@ -248,3 +248,44 @@ def _values(path: AnyPath, array: Any, dim: int, start: int) -> NDArray[Any]:
         raise ValueError(f"{path}: row {start + place // dim} holds a null, expected {dim} numbers")
     values: NDArray[Any] = flat.to_numpy(zero_copy_only=True)
     return values.reshape(len(array), dim)
+
+
+def embeddings_of(where: str, array: Any, start: int) -> NDArray[Any]:
+    """Return the embeddings `(n, ..., dim)` of an array of lists, or of tensors, of numbers; nothing is copied.
+
+    `where` and the row `start`, the first, are for errors. ValueError where rows are missing or of different lengths.
+    """
+    if hasattr(array.type, "shape"):  # tensors: those of pyarrow, or of Ray
+        if array.null_count:
+            row = start + int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
+            raise ValueError(f"{where}: row {row} is null, expected an embedding")
+        order = getattr(array.type, "permutation", None)
+        if order is not None and list(order) != sorted(order):
+            raise ValueError(f"{where} holds tensors with permuted axes ({array.type}): store them in order")
+        values: NDArray[Any] = array.to_numpy_ndarray() if hasattr(array, "to_numpy_ndarray") else array.to_numpy()
+        return values
+    if not hasattr(array.type, "value_type"):
+        raise ValueError(f"{where} must hold lists or tensors of numbers, got {array.type}")
+    return _values(where, array, len(array[0]) if array[0].is_valid else 0, start)
+
+
+def like(array: Any, values: NDArray[Any]) -> Any:
+    """Return an array of the type of `array`, which `embeddings_of` takes, that holds `values` `(n, ..., dim)`."""
+    import pyarrow
+
+    flat = values.reshape(len(values), -1)
+    if hasattr(array, "storage"):
+        return pyarrow.ExtensionArray.from_storage(array.type, list_array(pyarrow, flat, array.storage.type))
+    return list_array(pyarrow, flat, array.type)
+
+
+def list_array(pa: Any, values: NDArray[Any], kind: Any) -> Any:
+    """Return rows `(n, dim)` as an array of type `kind`: lists, large lists or lists of a fixed size."""
+    flat = pa.array(values.reshape(-1))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.FixedSizeListArray.from_arrays(flat, type=kind)
+    large = pa.types.is_large_list(kind)
+    offsets = pa.array(np.arange(len(values) + 1, dtype=np.int64 if large else np.int32) * values.shape[1])
+    if large:
+        return pa.LargeListArray.from_arrays(offsets, flat, type=kind)
+    return pa.ListArray.from_arrays(offsets.cast(pa.int32()), flat, type=kind)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._dtypes import Rows, storage
-from ._arrow import DEFAULT_COLUMN, ArrowShard, ParquetShard, arrow_errors, import_pyarrow
+from ._arrow import DEFAULT_COLUMN, ArrowShard, ParquetShard, arrow_errors, import_pyarrow, list_array
 from ._id_order import PICKLE_ID
 from ._pickles import LoadedPickle
 from ._raw import Blocks, Chunk
@@ -338,7 +338,7 @@ class TableEncoder:
     def _batch(self, values: NDArray[Any], others: list[Any]) -> Any:
         arrays = list(others)
         if self._field is not None:
-            arrays.insert(self._place, _lists(self._pa, values, self._field.type))
+            arrays.insert(self._place, list_array(self._pa, values, self._field.type))
         return self._pa.RecordBatch.from_arrays(arrays, schema=self._schema)
 
     def close(self) -> None:
@@ -354,17 +354,6 @@ def _with_value_type(pa: Any, field: Any, dtype: str) -> Any:
     if pa.types.is_fixed_size_list(old):
         return field.with_type(pa.list_(value, old.list_size))
     return field.with_type(pa.large_list(value) if pa.types.is_large_list(old) else pa.list_(value))
-
-
-def _lists(pa: Any, values: NDArray[Any], kind: Any) -> Any:
-    flat = pa.array(values.reshape(-1))
-    if pa.types.is_fixed_size_list(kind):
-        return pa.FixedSizeListArray.from_arrays(flat, type=kind)
-    large = pa.types.is_large_list(kind)
-    offsets = pa.array(np.arange(len(values) + 1, dtype=np.int64 if large else np.int32) * values.shape[1])
-    if large:
-        return pa.LargeListArray.from_arrays(offsets, flat, type=kind)
-    return pa.ListArray.from_arrays(offsets.cast(pa.int32()), flat, type=kind)
 
 
 def _columns_of(pa: Any, source: LoadedPickle, rename: dict[str, str]) -> Any:

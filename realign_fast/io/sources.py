@@ -78,7 +78,7 @@ class Done(NamedTuple):
         return Done(dict(self.rows), set(self.whole))
 
 
-_NOTHING = Done({}, set())
+NOTHING = Done({}, set())
 
 
 class Source(ABC):
@@ -110,7 +110,7 @@ class Source(ABC):
     in_files: bool = False
 
     @abstractmethod
-    def batches(self, limit: int | None = None, done: Done = _NOTHING) -> Iterator[Batch]:
+    def batches(self, limit: int | None = None, done: Done = NOTHING) -> Iterator[Batch]:
         """Yield all rows in order, or the first `limit`; empty batches are left out.
 
         Of files what is `done` is left out, but counted; only they can be begun so.
@@ -122,7 +122,7 @@ class Source(ABC):
             than the first.
         """
 
-    def share(self, ranks: Ranks, done: Done = _NOTHING) -> Source:
+    def share(self, ranks: Ranks, done: Done = NOTHING) -> Source:
         """Return what this process reads of it: of files whole ones, divided by the sizes of what is not `done`.
 
         Raises
@@ -245,7 +245,7 @@ class MemorySource(Source):
     def parts(self, batch_bytes: int) -> Iterator[tuple[Any, str]]:
         """Yield arrays or tensors `(..., dim)` of about `batch_bytes`, and what errors call each."""
 
-    def batches(self, limit: int | None = None, done: Done = _NOTHING) -> Iterator[Batch]:
+    def batches(self, limit: int | None = None, done: Done = NOTHING) -> Iterator[Batch]:
         """Yield all rows in order, or the first `limit`, in host memory."""
         start = 0
         for part, name in self.parts(self._batch_bytes):
@@ -373,7 +373,7 @@ class _FileSource(Source):
                 f"{path} has dimension {dim} and dtype {dtype}, {self._first} has {self.dim} and {self.dtype}"
             )
 
-    def batches(self, limit: int | None = None, done: Done = _NOTHING) -> Iterator[Batch]:
+    def batches(self, limit: int | None = None, done: Done = NOTHING) -> Iterator[Batch]:
         # Rows that lie as they are used are read by all threads at once, while the system fetches on from the disk.
         # Those that must be decoded or fetched come from a thread that works ahead.
         works_ahead = any(shard.decoded or isinstance(shard.path, RemotePath) for shard in self._shards.values())
@@ -397,7 +397,7 @@ class _FileSource(Source):
                     yield Batch(rows, str(shard.path), chunk.start, number, chunk.check)
                 self._check_unchanged(number)
 
-    def share(self, ranks: Ranks, done: Done = _NOTHING) -> Source:
+    def share(self, ranks: Ranks, done: Done = NOTHING) -> Source:
         mine = copy.copy(self)
         left = [
             0 if number in done.whole else _size_left(state[0], shard, done.rows.get(number, 0))
