@@ -28,8 +28,8 @@ void on_bus_error(int signal, siginfo_t* info, void* context) {
   const int used = num_used.load();
   for (int i = 0; i < used; ++i) {
     Slot& slot = slots[i];
-    const uintptr_t end = slot.end.load();
-    if (at < slot.begin.load() || at >= end) continue;
+    const uintptr_t begin = slot.begin.load(), end = slot.end.load();
+    if (begin == 0 || at < begin || at >= end) continue;
     const uintptr_t page = at / uintptr_t(getpagesize()) * uintptr_t(getpagesize());
     const int saved = errno;
     void* zeros =

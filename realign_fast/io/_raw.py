@@ -146,12 +146,13 @@ def _mapped(path: Path, layout: Layout, blocks: Blocks, first: int) -> Generator
         for begin in range(first, layout.num_rows, window):
             count = min(window, layout.num_rows - begin)
             offset, size = layout.offset + begin * row_bytes, count * row_bytes
-            # The disk reads on while these rows are at work.
-            os.posix_fadvise(fd, offset + _AHEAD_BYTES, size, os.POSIX_FADV_WILLNEED)
             mapped = _C.FileMap(fd, offset, size)
             rows = np.frombuffer(memoryview(mapped), dtype).reshape(count, layout.dim)
             check = partial(_check_whole, path, fd, mapped, offset + size)
             for start in range(0, count, step):
+                # The disk reads on while these rows are at work.
+                ahead = offset + start * row_bytes + _AHEAD_BYTES
+                os.posix_fadvise(fd, ahead, step * row_bytes, os.POSIX_FADV_WILLNEED)
                 yield Chunk(Rows(rows[start : start + step], layout.dtype), begin + start, check=check)
                 check()
 
