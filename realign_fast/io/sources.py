@@ -31,6 +31,8 @@ from .formats import FORMATS, Shard, chunks_from, format_of, is_compressed_tar, 
 # blocks are in flight; large enough to be worth several threads.
 BATCH_BYTES = 4 << 20
 _DEPTH = 3
+# So many times larger are batches of rows that are read where they lie, which need not stay in a cache.
+_UNCOPIED = 4
 MANIFEST = "realign-manifest.json"
 # Holds what a file of the same stem could not: see io.writer.
 SIDECAR = ".columns"
@@ -378,14 +380,14 @@ class _FileSource(Source):
         # Those that must be decoded or fetched come from a thread that works ahead.
         works_ahead = any(shard.decoded or isinstance(shard.path, RemotePath) for shard in self._shards.values())
         depth = _DEPTH if works_ahead else 1
-        batches = self._batches(limit, done.copy(), depth)
+        batches = self._batches(limit, done.copy(), self._batch_bytes * (1 if works_ahead else _UNCOPIED), depth)
         return prefetch(batches, depth) if works_ahead else batches
 
-    def _batches(self, limit: int | None, done: Done, depth: int) -> Generator[Batch, None, None]:
+    def _batches(self, limit: int | None, done: Done, num_bytes: int, depth: int) -> Generator[Batch, None, None]:
         total = sum(done.rows.values())
         left = [(number, done.rows.get(number, 0)) for number in self._shards if number not in done.whole]
         with closing(FetchAhead(plan((self._shards[number], begin) for number, begin in left))) as ahead:
-            blocks = Blocks(self._batch_bytes, depth, self._num_threads, ahead)
+            blocks = Blocks(num_bytes, depth, self._num_threads, ahead)
             for number, begin in left:
                 shard = self._shards[number]
                 for chunk in chunks_from(shard, blocks, begin):
