@@ -126,11 +126,11 @@ class RandomRows:
         OSError
             If a store refuses, or still fails after some tries.
         """
+        if len(numbers) == 1:  # without all that follows, in a third of its time
+            return self.read_range(int(numbers[0]), out, 1, row_map)
         wrong = numbers[(numbers < 0) | (numbers >= self.num_rows)]
         if len(wrong):
             raise IndexError(f"row {wrong[0]} of {self.num_rows} rows")
-        if len(numbers) == 1:  # without all that follows, in a third of its time
-            return self.read_range(int(numbers[0]), out, 1, row_map)
         if self._remote:
             begins = np.flatnonzero(np.append(True, np.diff(numbers) != 1))
             ends = np.append(begins[1:], len(numbers))
@@ -181,20 +181,25 @@ class RandomRows:
         self, start: int, out: NDArray[Any], num_threads: int = 1, row_map: _C.RowMap | None = None
     ) -> BadRows:
         """Copy the rows from number `start` on into `out` `(n, dim)`, as `read`."""
-        if self._in_small_pieces(start, len(out)):
-            return self.read(np.arange(start, start + len(out)), out, num_threads, row_map)
+        if not 0 <= start <= self.num_rows - len(out):
+            raise IndexError(f"row {start} of {self.num_rows} rows")
         file, offset, count = self._place_of(start)
-        if row_map is None or self._remote or count < len(out):
+        if self._remote or count < len(out):
             self.read_ranges([(start, out)], num_threads)
             return self.map(out, row_map, num_threads)
-        num_read, *bad = _C.read_file_transform(self._fd(file), offset, out, self._bfloat16, row_map, num_threads)
-        if num_read < len(out):
+        bad, fd = NONE_BAD, self._fd(file)
+        if row_map is None:
+            is_whole = _C.read_file(fd, out, offset, num_threads) == out.nbytes
+        else:
+            num_read, *found = _C.read_file_transform(fd, offset, out, self._bfloat16, row_map, num_threads)
+            bad, is_whole = (found[0], found[1], found[2]), num_read == len(out)
+        if not is_whole:
             raise ValueError(f"{self.paths[file]} was truncated while it was read")
-        return bad[0], bad[1], bad[2]
+        return bad
 
     def _place_of(self, number: int) -> tuple[int, int, int]:
         """Return the file of a row, its offset there, and how many rows follow one another from it on."""
-        piece = int(np.searchsorted(self._ends, number, side="right"))
+        piece = int(self._ends.searchsorted(number, "right"))
         before = int(self._ends[piece - 1]) if piece else 0
         offset = int(self._offsets[piece]) + (number - before) * self.row_bytes
         return int(self._files[piece]), offset, int(self._ends[piece]) - number

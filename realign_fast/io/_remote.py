@@ -259,10 +259,11 @@ def read_into(requests: list[tuple[RemotePath, int, memoryview]]) -> None:
         for path, begin, view in requests
         for start in range(0, len(view), PART_BYTES)
     ]
-    if len(parts) == 1:
-        fill(*parts[0])
+    if len(parts) <= 1:
+        for part in parts:
+            fill(*part)
         return
-    with ThreadPoolExecutor(min(AT_ONCE, max(1, len(parts))), "realign-fetch") as pool:
+    with ThreadPoolExecutor(min(AT_ONCE, len(parts)), "realign-fetch") as pool:
         for done in [pool.submit(fill, *part) for part in parts]:
             done.result()
 
