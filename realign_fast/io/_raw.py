@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from collections.abc import Callable, Generator, Iterator
@@ -159,8 +160,10 @@ def _mapped(path: Path, layout: Layout, blocks: Blocks, first: int) -> Generator
 
 def _check_whole(path: Path, fd: int, mapped: _C.FileMap, end: int) -> None:
     # The last page of a file ends in zeros, which break no map.
-    if mapped.broken or os.fstat(fd).st_size < end:
+    if os.fstat(fd).st_size < end:
         raise ValueError(f"{path} was truncated while it was read: expected bytes up to {end}")
+    if mapped.broken:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
 
 def _copied(path: AnyPath, layout: Layout, blocks: Blocks, first: int) -> Generator[Chunk, None, None]:
