@@ -34,6 +34,8 @@ bench: $(INSTALLED)
 	$(BIN)/python bench/covariance.py --json bench/results/covariance.json
 	$(BIN)/python bench/strength.py --json bench/results/strength.json
 	$(BIN)/python bench/loaders.py --json bench/results/loaders.json
+	$(BIN)/python bench/ranks.py --json bench/results/ranks.json
+	$(BIN)/python bench/soak.py --json bench/results/soak.json
 	$(BIN)/python bench/commands.py --json bench/results/commands.json
 	$(BIN)/python bench/tables.py
 
