@@ -18,6 +18,7 @@ from ._remote import AnyPath, RemotePath
 DEFAULT_COLUMN = "embedding"
 _DTYPES = {"halffloat": "float16", "float": "float32", "double": "float64"}
 _BUFFER_BYTES = 1 << 20
+_COLUMN_ROWS = 1 << 16
 
 
 def import_pyarrow(path: AnyPath) -> Any:
@@ -98,7 +99,7 @@ class ArrowShard:
     """One Arrow IPC file (`.arrow`), in the file or the stream format.
 
     It is mapped, since only so does pyarrow tell where the values of a record batch lie, and a batch may be as large as
-    the file. Uncompressed values are then read from the file like any raw rows: their pages are never mapped in.
+    the file. Uncompressed values are then read from the file like any raw rows, a window at a time.
     """
 
     decoded = True  # batches are checked, and may be compressed
@@ -177,6 +178,38 @@ class ArrowShard:
             file.seek(0)
             schema = ipc.open_stream(file).schema if self.is_stream else ipc.open_file(file).schema
             yield schema, (begin, file.size()), batches
+
+
+def read_column(path: AnyPath, name: str) -> Iterator[Any]:
+    """Yield a column of a parquet or Arrow IPC file, a checked array for each batch of rows.
+
+    Raises
+    ------
+    OSError, ValueError
+        If the file cannot be read, or has no such column.
+    """
+    pa = import_pyarrow(path)
+    with ExitStack() as stack:
+        stack.enter_context(arrow_errors(pa, path))
+        file = stack.enter_context(path.open() if isinstance(path, RemotePath) else pa.memory_map(os.fspath(path)))
+        if path.suffix.lower() == ".parquet":
+            from pyarrow import parquet
+
+            table = stack.enter_context(parquet.ParquetFile(file))
+            names = table.schema_arrow.names
+            batches = table.iter_batches(_COLUMN_ROWS, columns=[name] if name in names else [], use_threads=False)
+        else:
+            is_stream = file.read(6) != b"ARROW1"
+            file.seek(0)
+            reader = (pa.ipc.open_stream if is_stream else pa.ipc.open_file)(file)
+            names = reader.schema.names
+            batches = reader if is_stream else map(reader.get_batch, range(reader.num_record_batches))
+        if name not in names:
+            raise ValueError(f"{path}: no column {name!r} of ids; it has {names}")
+        for batch in batches:
+            column = batch.column(name)
+            column.validate(full=True)
+            yield column
 
 
 @contextmanager

@@ -6,7 +6,6 @@ are the same in every format and however the rows are cut.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _C
-from ._arrow import ArrowShard, ParquetShard, arrow_errors, import_pyarrow
+from ._arrow import ArrowShard, ParquetShard, read_column
 from ._pickles import LoadedPickle, load_pickle
 from .formats import Shard, format_of
 
@@ -143,37 +142,9 @@ def read_ids(path: Path, name: str) -> Iterator[Any]:
         for start in range(0, len(dicts), _BLOCK_ROWS):
             yield ids_of(dicts[start : start + _BLOCK_ROWS], name)
         return
-    pa = import_pyarrow(path)
-    with arrow_errors(pa, path):
-        for batch in _batches(pa, path, name):
-            column = batch.column(name)
-            column.validate(full=True)
-            for start in range(0, len(column), _BLOCK_ROWS):
-                yield column[start : start + _BLOCK_ROWS]
-
-
-def _batches(pa: Any, path: Path, name: str) -> Iterator[Any]:
-    if format_of(path) == "parquet":
-        from pyarrow import parquet
-
-        with parquet.ParquetFile(path) as file:
-            if name not in file.schema_arrow.names:
-                raise ValueError(f"{path}: no column {name!r} of ids; it has {file.schema_arrow.names}")
-            yield from file.iter_batches(_BLOCK_ROWS, columns=[name], use_threads=False)
-        return
-    from pyarrow import ipc
-
-    with pa.memory_map(os.fspath(path)) as file:
-        is_stream = file.read(6) != b"ARROW1"
-        file.seek(0)
-        reader = (ipc.open_stream if is_stream else ipc.open_file)(file)
-        if name not in reader.schema.names:
-            raise ValueError(f"{path}: no column {name!r} of ids; it has {reader.schema.names}")
-        if is_stream:
-            yield from reader
-        else:
-            for index in range(reader.num_record_batches):
-                yield reader.get_batch(index)
+    for column in read_column(path, name):
+        for start in range(0, len(column), _BLOCK_ROWS):
+            yield column[start : start + _BLOCK_ROWS]
 
 
 def id_problem(path: Path, name: str, expected: list[str], num_rows: int) -> str | None:

@@ -18,7 +18,7 @@ from .. import _C
 from .._files import replacing
 from ._layouts import metadata_of
 from ._random import RandomRows
-from ._remote import AnyPath, RemotePath, state_of
+from ._remote import AnyPath, state_of
 from ._safetensors import parse
 from ._tar import TAR_ID, TarShard
 from .formats import format_of
@@ -208,36 +208,22 @@ def _read_ids(
 
 def _id_column(path: AnyPath, name: str, embedding_column: str | None) -> tuple[Any, bool]:
     """Return the ids of a file as one large_string array, and whether they were integers."""
-    from ._arrow import arrow_errors, import_pyarrow
+    from ._arrow import arrow_errors, import_pyarrow, read_column
 
     pa = import_pyarrow(path)
     if isinstance(path, Path) and format_of(path) == "tar":
         if name != TAR_ID:
             raise ValueError(f"{path}: the ids of a tar are its keys: leave id_column at {TAR_ID!r}, got {name!r}")
         return pa.array(list(TarShard(path, embedding_column).keys()), pa.large_string()), False
-    with arrow_errors(pa, path), path.open() if isinstance(path, RemotePath) else pa.memory_map(str(path)) as file:
-        if format_of(path) == "parquet":
-            from pyarrow import parquet
-
-            names = parquet.read_schema(file).names
-            column = parquet.read_table(file, columns=[name])[name] if name in names else None
-        else:
-            is_stream = file.read(6) != b"ARROW1"
-            file.seek(0)
-            table = (pa.ipc.open_stream if is_stream else pa.ipc.open_file)(file).read_all()
-            names = table.schema.names
-            column = table[name] if name in names else None
-        if column is None:
-            raise ValueError(f"{path}: no column {name!r} of ids; it has {names}")
+    columns = list(read_column(path, name))
+    if not sum(map(len, columns)):  # without rows there may be no type either
+        return pa.array([], pa.large_string()), False
+    with arrow_errors(pa, path):
+        column = pa.chunked_array(columns)
         if column.null_count:
             row = column.is_null().to_pylist().index(True)
             raise ValueError(f"{path}: the id of row {row} is missing")
-        types = pa.types
-        is_integer = types.is_integer(column.type)
-        is_text = types.is_string(column.type) or types.is_large_string(column.type)
-        if not (is_integer or is_text or types.is_null(column.type)):  # without rows there may be no type either
+        is_integer = pa.types.is_integer(column.type)
+        if not (is_integer or pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
             raise ValueError(f"{path}: ids must be text or integers, column {name!r} holds {column.type}")
-        column.validate(full=True)
-        text = column.cast(pa.large_string()).combine_chunks()
-        # A column without chunks combines to a chunked one in older versions.
-        return (text if isinstance(text, pa.Array) else pa.array([], pa.large_string())), is_integer
+        return column.cast(pa.large_string()).combine_chunks(), is_integer
