@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -564,6 +565,20 @@ def test_a_server_without_ranges(serve_web):
     url, _ = serve_web(ranges=False)
     with pytest.raises(ValueError, match="its server sends no ranges"):
         gather_moments(f"{url}/wide/a.parquet")
+
+
+def test_a_file_that_a_server_sends_whole_does_not_take_the_memory(serve_web, tmp_path):
+    """Nor the time: what is not asked for is not waited for."""
+    with (tmp_path / "a.npy").open("wb") as file:
+        file.truncate(200_000_000)
+    url, _ = serve_web(tmp_path, ranges=False)
+    (path,) = list_files(f"{url}/a.npy")
+    tracemalloc.start()
+    for begin in (0, 1000):
+        with pytest.raises(ValueError, match="its server sends no ranges"):
+            path.fetch(begin, begin + 100)
+    assert tracemalloc.get_traced_memory()[1] < 300_000_000  # of which the server, in this process, has 200
+    tracemalloc.stop()
 
 
 def test_a_server_without_versions(serve_web, whole):
