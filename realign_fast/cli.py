@@ -9,9 +9,12 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -38,11 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OSError as error:
             print(f"realign {arguments.command}: --log-file: {_one_line(error)}", file=sys.stderr)
             return 1
-        stack.enter_context(redirect_stderr(_Tee(sys.stderr, file)))
-        return _run(arguments, file)
+        log = _Log(file, arguments.command)
+        stack.enter_context(redirect_stderr(_Tee(sys.stderr, log)))
+        began = time.monotonic()
+        code = _run(arguments, log)
+        log.add("end", exit_code=code, seconds=round(time.monotonic() - began, 3))
+        return code
 
 
-def _run(arguments: argparse.Namespace, log: TextIO | None = None) -> int:
+def _run(arguments: argparse.Namespace, log: _Log | None = None) -> int:
     handler: Handler = arguments.handler
     try:
         try:
@@ -60,27 +67,46 @@ def _run(arguments: argparse.Namespace, log: TextIO | None = None) -> int:
         return EXIT_CODE
     if summary is None:
         return 0
-    line = json.dumps(summary)
     if log is not None:
-        print(line, file=log)
-    print(line)
+        log.add("summary", summary=summary)
+    print(json.dumps(summary))
     return 0 if summary.get("ok", True) else 1
 
 
-class _Tee(io.TextIOBase):
-    """Stderr and a file; no terminal, so that progress comes in lines and not as a bar."""
+class _Log:
+    """A file of JSON objects, one a line: `time` (UTC), `command`, `rank` if there are several, `event` and its fields.
 
-    def __init__(self, *streams: TextIO) -> None:
-        self._streams = streams
+    Events are "message", a line that was said, "summary" and "end". Several processes may append to one file.
+    """
+
+    def __init__(self, file: TextIO, command: str) -> None:
+        self._file = file
+        self._fields: dict[str, Any] = {"command": command}
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            self._fields["rank"] = int(os.environ.get("RANK", "0"))
+
+    def add(self, event: str, **fields: Any) -> None:
+        """Append an event."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._file.write(json.dumps({"time": now, **self._fields, "event": event, **fields}) + "\n")
+
+
+class _Tee(io.TextIOBase):
+    """Stderr, and a log of its lines; no terminal, so that progress comes in lines and not as a bar."""
+
+    def __init__(self, stderr: TextIO, log: _Log) -> None:
+        self._stderr, self._log = stderr, log
+        self._line = ""
 
     def write(self, text: str) -> int:
-        for stream in self._streams:
-            stream.write(text)
+        self._stderr.write(text)
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            self._log.add("message", message=line)
         return len(text)
 
     def flush(self) -> None:
-        for stream in self._streams:
-            stream.flush()
+        self._stderr.flush()
 
 
 def _one_line(error: BaseException) -> str:
@@ -352,7 +378,9 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, handler: Handler, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(handler=handler)
-        added.add_argument("--log-file", metavar="FILE", help="append progress, messages and the summary there too")
+        added.add_argument(
+            "--log-file", metavar="FILE", help="append messages, progress and the summary there too, as lines of JSON"
+        )
         return added
 
     fit = command("fit", _fit, "fit an alignment of TEXT to IMAGE")

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -623,10 +624,16 @@ def test_bench_prints_a_table_and_writes_its_figures(folder, ok, monkeypatch):
 def test_a_log_file_receives_what_is_said_and_the_summary(folder, realign):
     log = folder / "log.txt"
     _, summary, err = realign("stats", folder / "text", "-o", folder / "m.safetensors", "--log-file", log)
-    assert log.read_text() == err + json.dumps(summary) + "\n"
+    *said, told, end = map(json.loads, log.read_text().splitlines())
+    assert [each["message"] for each in said] == err.splitlines()
+    assert {each["event"] for each in said} == {"message"}
+    assert (told["event"], told["summary"]) == ("summary", summary)
+    assert (end["event"], end["exit_code"], end["command"]) == ("end", 0, "stats")
+    assert datetime.fromisoformat(end["time"]).tzinfo == UTC
     code, _, failure = realign("stats", folder / "nowhere", "-o", folder / "m.safetensors", "--log-file", log)
     assert code == 1
-    assert log.read_text() == err + json.dumps(summary) + "\n" + failure
+    *_, why, end = map(json.loads, log.read_text().splitlines())
+    assert (why["message"], end["exit_code"]) == (failure.strip(), 1)
 
 
 def test_a_log_file_that_cannot_be_is_named(folder, refused):
