@@ -36,6 +36,8 @@ _TIMEOUT_S = 60.0  # of one try, for a part or a listing
 # What tells one version of a file from another, as stores call it.
 _VERSIONS = ("ETag", "etag", "generation", "blob_id", "md5Hash")
 _TIMES = ("Last-Modified", "LastModified", "last_modified", "mtime", "created")
+# What is wrong with the call, or with the code of a store, and so will be wrong again.
+_HOPELESS = (ValueError, TypeError, AttributeError, NotImplementedError, IsADirectoryError)
 _HINT = "pip install 'realign-fast[remote]'"
 
 _log = logging.getLogger("realign_fast")
@@ -416,7 +418,7 @@ def _raise_if_final(url: str, error: BaseException) -> None:
         raise PermissionError(f"{url}: access is refused: {text}") from error
     if isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429):
         raise OSError(f"{url}: its server answers {status}: {text}") from error
-    if isinstance(error, ValueError | TypeError | AttributeError | NotImplementedError | IsADirectoryError):
+    if isinstance(error, _HOPELESS):
         raise ValueError(f"{url}: {text}") from error
 
 

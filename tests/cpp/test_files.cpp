@@ -2,7 +2,6 @@
 #include <unistd.h>
 
 #include <cstdio>
-#include <cstdlib>
 #include <vector>
 
 #include "check.h"
@@ -14,9 +13,10 @@ using namespace realign;
 namespace {
 
 int temporary_file(const std::vector<float>& values) {
-  char name[] = "/tmp/realign-test-XXXXXX";
-  const int fd = mkstemp(name);
-  unlink(name);
+  std::FILE* file = std::tmpfile();
+  CHECK(file != nullptr, "no temporary file can be made");
+  const int fd = dup(fileno(file));
+  std::fclose(file);
   CHECK(write(fd, values.data(), values.size() * sizeof(float)) == ssize_t(values.size() * sizeof(float)),
         "a file of known values");
   return fd;
