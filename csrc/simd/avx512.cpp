@@ -69,6 +69,22 @@ inline double sum_of(F x) {
   const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
   return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
 }
+// Each as sum_of would, but eight in the steps of one: halves that are to be added meet in one vector.
+inline void sums_of(const F (&x)[8], double (&sums)[8]) {
+  __m512d lanes[8], halves[4], quarters[2];
+  for (int k = 0; k < 8; ++k)
+    lanes[k] =
+        _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(x[k])), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x[k], 1)));
+  for (int k = 0; k < 4; ++k)
+    halves[k] = _mm512_add_pd(_mm512_shuffle_f64x2(lanes[2 * k], lanes[2 * k + 1], 0x44),
+                              _mm512_shuffle_f64x2(lanes[2 * k], lanes[2 * k + 1], 0xee));
+  for (int k = 0; k < 2; ++k)
+    quarters[k] = _mm512_add_pd(_mm512_shuffle_f64x2(halves[2 * k], halves[2 * k + 1], 0x88),
+                                _mm512_shuffle_f64x2(halves[2 * k], halves[2 * k + 1], 0xdd));
+  const __m512d mixed =
+      _mm512_add_pd(_mm512_unpacklo_pd(quarters[0], quarters[1]), _mm512_unpackhi_pd(quarters[0], quarters[1]));
+  _mm512_storeu_pd(sums, _mm512_permutexvar_pd(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), mixed));
+}
 inline I to_int32(F x) { return {_mm512_cvtps_epi32(x)}; }
 inline I load_int32(const char* x) { return {_mm512_loadu_si512(x)}; }
 inline void add_to_int64(int64_t* sums, I x) {

@@ -41,9 +41,15 @@ inline const T* row_at(const RowRange& rows, int64_t index) {
 }
 
 template <typename T>
-inline F load_first(const T* x, int64_t count) {
-  T padded[W] = {};
+inline void copy_first(const T* x, int64_t count, T (&padded)[W]) {
+  __builtin_memset(padded, 0, sizeof padded);
   __builtin_memcpy(padded, x, size_t(count) * sizeof(T));
+}
+
+template <typename T>
+inline F load_first(const T* x, int64_t count) {
+  T padded[W];
+  copy_first(x, count, padded);
   return load(padded);
 }
 
@@ -64,11 +70,38 @@ struct Ahead {
   }
 };
 
-// out[r][0] = x.x of row r, out[r][k] = x.v[k-1]; the v are padded. Rows taken together share the loads of the v, and
-// each is summed as it would be alone. Several sums each, so that no addition waits for the one before.
+// The sums of a block's rows over all lanes. A file may know a better way for its own vectors.
+template <typename Vector>
+inline void sums_of(const Vector (&x)[kRowsPerBlock], double (&sums)[kRowsPerBlock]) {
+  for (int k = 0; k < kRowsPerBlock; ++k) sums[k] = sum_of(x[k]);
+}
+
+// Inner products of the rows of a block, lane by lane and then summed: [0] of each with itself, [k] with the vector
+// k - 1.
+template <int K>
+using Lanes = F[K + 1][kRowsPerBlock];
+template <int K>
+using InnerProducts = double[K + 1][kRowsPerBlock];
+
+template <int K>
+inline void sum_lanes(Lanes<K>& lanes, int count, InnerProducts<K>& products) {
+  for (int k = 0; k <= K; ++k) {
+    for (int r = count; r < kRowsPerBlock; ++r) lanes[k][r] = zero();
+    sums_of(lanes[k], products[k]);
+  }
+}
+
+// out[.][first + r], of row r; the v are padded. Rows taken together share the loads of the v, and each is summed as it
+// would be alone. Several sums each, so that no addition waits for the one before.
 template <int K, int kRows, typename T>
-inline void dots(const T* const (&x)[kRows], const float* const* v, int64_t dim, double (*out)[K + 1], Ahead* ahead) {
+inline void dots(const T* const (&x)[kRows], const float* const* v, int64_t dim, Lanes<K>& out, int first,
+                 Ahead* ahead) {
   constexpr int kSums = K < 2 ? 4 : 2;  // as many as the registers of AVX2 hold for two rows
+  // Copied first: a call among the sums would take them out of their registers, in the loop too.
+  const int64_t whole = dim / W * W;
+  T last[kRows][W];
+  if (whole < dim)
+    for (int r = 0; r < kRows; ++r) copy_first(x[r] + whole, dim - whole, last[r]);
   F sums[kRows][kSums][K + 1];
   for (int r = 0; r < kRows; ++r)
     for (int i = 0; i < kSums; ++i)
@@ -93,7 +126,7 @@ inline void dots(const T* const (&x)[kRows], const float* const* v, int64_t dim,
   }
   for (; j < dim; j += W)
     for (int r = 0; r < kRows; ++r) {
-      const F a = dim - j >= W ? load(x[r] + j) : load_first(x[r] + j, dim - j);
+      const F a = load(j < whole ? x[r] + j : last[r]);
       sums[r][0][0] = fma(a, a, sums[r][0][0]);
       for (int k = 0; k < K; ++k) sums[r][0][k + 1] = fma(a, load(v[k] + j), sums[r][0][k + 1]);
     }
@@ -101,8 +134,21 @@ inline void dots(const T* const (&x)[kRows], const float* const* v, int64_t dim,
     for (int k = 0; k <= K; ++k) {
       F sum = add(sums[r][0][k], sums[r][1][k]);
       if (kSums == 4) sum = add(sum, add(sums[r][kSums - 2][k], sums[r][kSums - 1][k]));
-      out[r][k] = sum_of(sum);
+      out[k][first + r] = sum;
     }
+}
+
+// A loop of its own, which the compiler turns into vectors; with more in it, it does not.
+inline void inverse_roots(const double (&x)[kRowsPerBlock], double (&roots)[kRowsPerBlock]) {
+  for (int k = 0; k < kRowsPerBlock; ++k) roots[k] = 1 / __builtin_sqrt(x[k]);
+}
+
+template <typename T>
+inline double square_of(const T* x, int64_t dim) {
+  const T* const rows[] = {x};
+  Lanes<0> square;
+  dots<0>(rows, nullptr, dim, square, 0, nullptr);
+  return sum_of(square[0][0]);
 }
 
 inline bool fits_float32(double square) { return square > kSmallestSquare && square < kLargestSquare; }
@@ -319,25 +365,33 @@ inline void moments_to(const To& to, const RowRange& rows, int64_t* sums, uint64
   for (int64_t first = 0; first < rows.num_rows; first += kRowsPerBlock) {
     const int count = block_size(rows, first);
     // All products before all square roots: so the processor waits for neither.
-    double squares[kRowsPerBlock][1], products[kRowsPerBlock][2];
+    Lanes<0> squares;
+    Lanes<1> products;
     Ahead ahead = ahead_of(rows, first);
     for (int k = 0; k < count; ++k) {
       const T* const x[] = {row_at<T>(rows, first + k)};
       if (keys)
-        dots<1>(x, &projection, rows.dim, products + k, &ahead);
+        dots<1>(x, &projection, rows.dim, products, k, &ahead);
       else
-        dots<0>(x, nullptr, rows.dim, squares + k, &ahead);
+        dots<0>(x, nullptr, rows.dim, squares, k, &ahead);
     }
+    InnerProducts<1> found;
+    if (keys)
+      sum_lanes<1>(products, count, found);
+    else
+      sum_lanes<0>(squares, count, reinterpret_cast<InnerProducts<0>&>(found));
+    double inverse[kRowsPerBlock];
+    inverse_roots(found[0], inverse);
     Block<T> block;
     for (int k = 0; k < count; ++k) {
       const int64_t i = first + k;
       const T* x = row_at<T>(rows, i);
-      const double square = keys ? products[k][0] : squares[k][0];
+      const double square = found[0][k];
       if (fits_float32(square)) {
         block.rows[block.count] = x;
         block.index[block.count] = i;
-        block.row_factor[block.count++] = float(kUnits / __builtin_sqrt(square));
-        if (keys) keys[i] = key_of(square, products[k][1]);
+        block.row_factor[block.count++] = float(kUnits * inverse[k]);
+        if (keys) keys[i] = key_of(square, found[1][k]);
         continue;
       }
       const RowKind kind = unit_row(x, rows.dim, scratch);
@@ -388,7 +442,7 @@ struct Factors {
 
 template <typename T>
 inline Factors factors_of(const RowRange& rows, int64_t first, int count, const MapTable& maps, Ahead* ahead) {
-  double products[kRowsPerBlock][3] = {};
+  Lanes<2> lanes;
   double scale[kRowsPerBlock], shift_squares[kRowsPerBlock], correction_squares[kRowsPerBlock], mixed[kRowsPerBlock];
   for (int k = 0; k < kRowsPerBlock; ++k) {
     const Map& map = maps.of(first + (k < count ? k : 0));
@@ -402,31 +456,33 @@ inline Factors factors_of(const RowRange& rows, int64_t first, int count, const 
     const float* const vectors[2] = {map.shift, map.correction};
     if (k + 1 < count && &maps.of(first + k + 1) == &map) {
       const T* const x[] = {row_at<T>(rows, first + k), row_at<T>(rows, first + k + 1)};
-      dots<2>(x, vectors, rows.dim, products + k, ahead);
+      dots<2>(x, vectors, rows.dim, lanes, k, ahead);
       k += 2;
     } else {
       const T* const x[] = {row_at<T>(rows, first + k)};
-      dots<2>(x, vectors, rows.dim, products + k, ahead);
+      dots<2>(x, vectors, rows.dim, lanes, k, ahead);
       ++k;
     }
   }
+  InnerProducts<2> products;
+  sum_lanes<2>(lanes, count, products);
   Factors factors;
+  double inverse[kRowsPerBlock], inverse1[kRowsPerBlock], inverse2[kRowsPerBlock];
   double square1[kRowsPerBlock], square2[kRowsPerBlock];
+  inverse_roots(products[0], inverse);
+  for (int k = 0; k < kRowsPerBlock; ++k)
+    square1[k] = scale[k] * scale[k] + 2 * scale[k] * inverse[k] * products[1][k] + shift_squares[k];
+  inverse_roots(square1, inverse1);
+  for (int k = 0; k < kRowsPerBlock; ++k)
+    square2[k] = 1 + 2 * (scale[k] * inverse[k] * products[2][k] + mixed[k]) * inverse1[k] + correction_squares[k];
+  inverse_roots(square2, inverse2);
   for (int k = 0; k < kRowsPerBlock; ++k) {
-    const double s = scale[k];
-    const double r = 1 / __builtin_sqrt(products[k][0]);
-    const double u_shift = r * products[k][1], u_correction = r * products[k][2];
-    square1[k] = s * s + 2 * s * u_shift + shift_squares[k];
-    const double inverse1 = 1 / __builtin_sqrt(square1[k]);
-    const double v_correction = (s * u_correction + mixed[k]) * inverse1;
-    square2[k] = 1 + 2 * v_correction + correction_squares[k];
-    const double inverse2 = 1 / __builtin_sqrt(square2[k]);
-    factors.row[k] = s * r * inverse1 * inverse2;
-    factors.shift[k] = inverse1 * inverse2;
-    factors.correction[k] = inverse2;
+    factors.row[k] = scale[k] * inverse[k] * inverse1[k] * inverse2[k];
+    factors.shift[k] = inverse1[k] * inverse2[k];
+    factors.correction[k] = inverse2[k];
   }
   for (int k = 0; k < kRowsPerBlock; ++k)
-    factors.fused[k] = rows.dim >= kSmallestFusedDim && fits_float32(products[k][0]) &&
+    factors.fused[k] = rows.dim >= kSmallestFusedDim && fits_float32(products[0][k]) &&
                        square1[k] >= kSmallestFusedSquare && square2[k] >= kSmallestFusedSquare;
   return factors;
 }
@@ -903,20 +959,16 @@ void write(const float* rows, int64_t row_stride, int64_t num_rows, int64_t dim,
   for (int64_t i = 0; i < num_rows; ++i) {
     const float* row = rows + i * row_stride;
     Out* out = reinterpret_cast<Out*>(out_data + i * out_stride);
-    double square[1][1] = {{1}};
-    if (noise) {
-      const float* const x[] = {row};
-      dots<0>(x, nullptr, dim, square, nullptr);
-      if (square[0][0] > 0) {
-        normals(noise->seed, noise->number(i), dim, scratch);
-        const float std = float(noise->std);
-        for (int64_t j = 0; j < dim; ++j) scratch[j] = row[j] + std * scratch[j];
-        row = scratch;
-        const float* const moved[] = {row};
-        dots<0>(moved, nullptr, dim, square, nullptr);
-      }
+    float factor = 1;
+    if (noise && square_of(row, dim) > 0) {
+      normals(noise->seed, noise->number(i), dim, scratch);
+      const float std = float(noise->std);
+      for (int64_t j = 0; j < dim; ++j) scratch[j] = row[j] + std * scratch[j];
+      row = scratch;
+      const double square = square_of(row, dim);
+      if (square > 0) factor = float(1 / __builtin_sqrt(square));
     }
-    write_row(row, noise && square[0][0] > 0 ? float(1 / __builtin_sqrt(square[0][0])) : 1, dim, out);
+    write_row(row, factor, dim, out);
   }
 }
 
@@ -924,10 +976,7 @@ void write(const float* rows, int64_t row_stride, int64_t num_rows, int64_t dim,
 
 template <typename T>
 inline bool surely_good(const T* x, int64_t dim) {
-  const T* const rows[] = {x};
-  double square[1][1];
-  dots<0>(rows, nullptr, dim, square, nullptr);
-  return fits_float32(square[0][0]);
+  return fits_float32(square_of(x, dim));
 }
 inline bool surely_good(const double*, int64_t) { return false; }
 

@@ -146,16 +146,32 @@ def _mapped(path: Path, layout: Layout, blocks: Blocks, first: int) -> Generator
         os.posix_fadvise(fd, layout.offset + first * row_bytes, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
         for begin in range(first, layout.num_rows, window):
             count = min(window, layout.num_rows - begin)
-            offset, size = layout.offset + begin * row_bytes, count * row_bytes
-            mapped = _C.FileMap(fd, offset, size)
+            offset = layout.offset + begin * row_bytes
+            mapped = _C.FileMap(fd, offset, count * row_bytes)
             rows = np.frombuffer(memoryview(mapped), dtype).reshape(count, layout.dim)
-            check = partial(_check_whole, path, fd, mapped, offset + size)
+            check = partial(_check_whole, path, fd, mapped, offset + count * row_bytes)
             for start in range(0, count, step):
                 # The disk reads on while these rows are at work.
-                ahead = offset + start * row_bytes + _AHEAD_BYTES
-                os.posix_fadvise(fd, ahead, step * row_bytes, os.POSIX_FADV_WILLNEED)
+                ahead, size = offset + start * row_bytes + _AHEAD_BYTES, step * row_bytes
+                if not _in_memory(fd, ahead, size):
+                    os.posix_fadvise(fd, ahead, size, os.POSIX_FADV_WILLNEED)
                 yield Chunk(Rows(rows[start : start + step], layout.dtype), begin + start, check=check)
                 check()
+
+
+def _in_memory(fd: int, offset: int, size: int) -> bool:
+    """Whether bytes of a file seem to lie in the page cache: the last of each quarter do, or the file ends before.
+
+    To ask the kernel to read what it has costs it a walk over all the pages, a sixth of the time of a fit.
+    """
+    if not hasattr(os, "RWF_NOWAIT"):
+        return False
+    try:
+        for quarter in range(1, 5):
+            os.preadv(fd, [bytearray(1)], offset + size * quarter // 4 - 1, os.RWF_NOWAIT)
+    except OSError:  # not there yet, or a file system that cannot say
+        return False
+    return True
 
 
 def _check_whole(path: Path, fd: int, mapped: _C.FileMap, end: int) -> None:
