@@ -11,6 +11,7 @@ import pytest
 import torch
 from pyarrow import parquet
 from torch.utils.data import DataLoader
+from torch.utils.data._utils.pin_memory import pin_memory
 
 import realign_fast as rf
 from realign_fast._errors import BadRowsError
@@ -289,6 +290,18 @@ def test_workers_share_the_rows(folder, whole, alignment, id_files, tmp_path, co
     found = list(DataLoader(data, batch_size=128, num_workers=2, multiprocessing_context=context))
     np.testing.assert_array_equal(rows_of(found), mapped)
     assert ids_of(found) == names.tolist()
+
+
+def test_what_pins_memory_finds_every_tensor(folder, whole, alignment, id_files, tmp_path, monkeypatch):
+    # As a loader does with each batch where there is a device; tests/test_gpu.py has the loader itself.
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: pinned.append(tensor.clone()) or pinned[-1])
+    arguments = {"ids": id_files, "index": tmp_path / "index"}
+    stream = EmbeddingStream(folder, alignment, 100, **arguments)
+    found = [pin_memory(batch) for batch in stream]
+    np.testing.assert_array_equal(rows_of(found), alignment.transform(whole))
+    assert ids_of(found) == names_of(TOTAL)
+    assert all(batch["embedding"] is tensor for batch, tensor in zip(found, pinned, strict=True))
 
 
 def test_noise_is_that_of_the_row_and_the_epoch(folder):

@@ -5,8 +5,10 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import realign_fast as rf
+from realign_fast.data import EmbeddingDataset, EmbeddingStream
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
 
@@ -131,3 +133,17 @@ def test_domains(alignment):
     )
     with pytest.raises(ValueError, match=r"domain must lie in \[0, 2\), got 2 for row 0"):
         bank.transform(x, domain + 2)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("kind", [EmbeddingDataset, EmbeddingStream])
+def test_loaders_pin_their_memory(tmp_path, alignment, kind, num_workers):
+    rows = make(5000, DIM, device="cpu").numpy()
+    np.save(tmp_path / "rows.npy", rows)
+    data = kind(tmp_path, alignment) if kind is EmbeddingDataset else kind(tmp_path, alignment, 512)
+    size = 512 if kind is EmbeddingDataset else None
+    found = []
+    for batch in DataLoader(data, batch_size=size, num_workers=num_workers, pin_memory=True):
+        assert batch["embedding"].is_pinned()
+        found.append(batch["embedding"].to("cuda", non_blocking=True))
+    np.testing.assert_array_equal(torch.cat(found).cpu(), alignment.transform(rows))
