@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,7 +14,7 @@ from .._rows import as_rows
 Matrix = NDArray[np.float64]
 
 
-def unit_rows(rows: object, name: str, *, dim: int | None = None, least: int = 1) -> Matrix:
+def unit_rows(rows: Any, name: str, *, dim: int | None = None, least: int = 1) -> Matrix:
     """Return the rows of an array or tensor `(n, dim)`, each divided by its length.
 
     Raises
@@ -20,9 +22,11 @@ def unit_rows(rows: object, name: str, *, dim: int | None = None, least: int = 1
     TypeError
         If `rows` is no array or tensor of a dtype that rows may have.
     ValueError
-        If the dimension is not `dim`, there are fewer than `least` rows, or some are bad: they hold NaN or infinity or
-        have norm zero.
+        If the rows have another shape or dimension, there are fewer than `least`, or some are bad: they hold NaN or
+        infinity or have norm zero.
     """
+    if np.ndim(rows) != 2:
+        raise ValueError(f"{name} must have shape (n, dim), got {np.shape(rows)}")
     values = to_float64(as_rows(rows, name=name, dim=dim))
     if len(values) < least:
         raise ValueError(f"{name} must have at least {least} row{'s'[: least > 1]}, got {len(values)}")

@@ -240,9 +240,9 @@ class PhantomDrift:
         the mean of `e2`, its covariance and what departs from the mean, and `w = ||e2||^2 - 1`. The last term is 0
         where the map has the trace scale.
     paper_vector : ndarray
-        By the second-order formula of the paper, with `r = ||mu||` and `a = mu / r`:
-        `(-Sigma a - a tr(Sigma) / 2 + 3/2 a (a^T Sigma a)) / r^2`. It holds for departures small against `r`, which
-        those of embeddings are not.
+        By the second-order formula of the paper, with `r = ||mu||` and `a = mu / r`: m' departs from `a` by
+        `(-Sigma a - a tr(Sigma) / 2 + 3/2 a (a^T Sigma a)) / r^2`, to which `a - mu` is added here. It holds for `e`
+        small against `r`, which that of embeddings is not.
     """
 
     measured_vector: Vector
@@ -297,7 +297,9 @@ def phantom_drift(text: object, scale: float, shift: ArrayLike) -> PhantomDrift:
     return PhantomDrift(
         measured_vector=reference.project(mapped).mean(axis=0) - mean,
         predicted_vector=-spread - skew / 2 + (3 / 8 * np.square(excess).mean() - excess.mean() / 2) * mean,
-        paper_vector=(-spread / radius + (3 / 2 * (axis @ spread) / radius - trace / 2) * axis) / radius**2,
+        paper_vector=axis
+        - mean
+        + (-spread / radius + (3 / 2 * (axis @ spread) / radius - trace / 2) * axis) / radius**2,
     )
 
 

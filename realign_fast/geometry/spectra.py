@@ -235,7 +235,8 @@ def _shares_by_cosine(rows: object, name: str, num_rows: int, bins: int, seed: i
     counts = np.zeros(bins, np.int64)
     for (cosines,) in _cosines(unit):
         counts += np.histogram(np.clip(cosines, -1, 1), bins, (-1, 1))[0]
-    return counts / counts.sum()
+    shares: Vector = counts / counts.sum()
+    return shares
 
 
 def cosine_density(rows: object, *, num_rows: int = 4000, bins: int = 200, seed: int = 0) -> tuple[Vector, Vector]:
