@@ -14,7 +14,7 @@ Matrix = NDArray[np.float64]
 Shrinkage = float | str | None
 
 # Statistics of float32 rows hold about seven digits: eigenvalues below this share of the largest are their noise.
-_SMALLEST_SHARE = 1e-6
+SMALLEST_SHARE = 1e-6
 _NAMED = ("ledoit_wolf", "oas")
 KINDS = ("zca", "pca", "cholesky")
 
@@ -53,7 +53,7 @@ class Spectrum:
     @cached_property
     def rank(self) -> int:
         """How many eigenvalues stand above the noise of the statistics."""
-        return int((self.values > _SMALLEST_SHARE * self.values[-1]).sum())
+        return int((self.values > SMALLEST_SHARE * self.values[-1]).sum())
 
     def power(self, exponent: float) -> Matrix:
         """Return the matrix to this power.
@@ -67,6 +67,13 @@ class Spectrum:
             self.check_rank(len(self.values))
         power: Matrix = (self.vectors * self.values**exponent) @ self.vectors.T
         return power
+
+    def num_holding(self, energy: float) -> int:
+        """Return how many of the largest eigenvalues hold this share of the trace, of (0, 1]; else ValueError."""
+        if not 0 < energy <= 1:
+            raise ValueError(f"energy must lie in (0, 1], got {energy}")
+        held = np.cumsum(self.values[::-1]) / self.values.sum()
+        return int(np.searchsorted(held, energy - 1e-12)) + 1
 
     def check_rank(self, needed: int) -> None:
         """Raise ValueError unless so many directions carry variance."""
@@ -106,6 +113,13 @@ def spectrum_of(moments: Moments, shrinkage: Shrinkage, name: str) -> Spectrum:
     return spectrum(moments.covariance, name, weight)
 
 
+def with_signs(directions: Matrix) -> Matrix:
+    """Return the columns with their largest element positive: either sign is right, this one is always the same."""
+    signs = np.sign(directions[np.abs(directions).argmax(axis=0), np.arange(directions.shape[1])])
+    signed: Matrix = signs * directions
+    return signed
+
+
 def whitening_matrix(of: Spectrum, kind: str, num_components: int | None = None) -> Matrix:
     """Return `W` `(n, dim)` with `W Sigma W^T = I`; for "pca" the directions of largest variance come first.
 
@@ -119,9 +133,7 @@ def whitening_matrix(of: Spectrum, kind: str, num_components: int | None = None)
     of.check_rank(count)
     values, vectors = of.values[::-1][:count], of.vectors[:, ::-1][:, :count]
     if kind == "pca":
-        # Either sign is right: this one makes the largest element of each direction positive.
-        signs = np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(count)])
-        directions: Matrix = (signs * vectors / np.sqrt(values)).T
+        directions: Matrix = (with_signs(vectors) / np.sqrt(values)).T
         return directions
     if kind == "zca":
         symmetric: Matrix = (vectors / np.sqrt(values)) @ vectors.T

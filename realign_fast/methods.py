@@ -285,14 +285,11 @@ def coral(problem: Problem, shrinkage: Shrinkage = 1e-4, refine: int = 0) -> Sol
 
 def bca(problem: Problem, shrinkage: Shrinkage = 1e-4, energy: float = 0.95, refine: int = 0) -> Solution:
     """Do the same in two blocks: the principal directions of `Sigma_x + Sigma_y` that hold `energy`, and the rest."""
-    if not 0 < energy <= 1:
-        raise ValueError(f"energy must lie in (0, 1], got {energy}")
     source, target = _spectra(problem, shrinkage)
     source.check_rank(problem.source.dim)
     covariances = [of.power(1) for of in (source, target)]
     both = spectrum(sum(covariances[1:], covariances[0]), "both")
-    held = np.cumsum(both.values[::-1]) / both.values.sum()
-    rank = int(np.searchsorted(held, energy - 1e-12)) + 1
+    rank = both.num_holding(energy)
     matrix = np.zeros_like(covariances[0])
     for block in (both.vectors[:, ::-1][:, :rank], both.vectors[:, ::-1][:, rank:]):
         if block.shape[1]:
