@@ -310,6 +310,45 @@ def _bench(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"command": "bench", **result}
 
 
+def _report(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .geometry.report import report
+
+    names = [name for name, _, _ in arguments.domain]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--domain: each needs a name of its own, got {', '.join(names)}")
+    found = report(
+        arguments.text,
+        arguments.image,
+        arguments.output,
+        alignment=arguments.alignment,
+        methods=arguments.methods,
+        paired=arguments.paired,
+        domains={name: (text, image) for name, text, image in arguments.domain},
+        num_rows=arguments.rows,
+        k=arguments.k,
+        num_centroids=arguments.centroids,
+        seed=arguments.seed,
+        on_bad_rows=arguments.on_bad_rows,
+        num_threads=arguments.threads,
+        text_column=arguments.text_column or arguments.embedding_column,
+        image_column=arguments.image_column or arguments.embedding_column,
+        limit=arguments.limit,
+        overwrite=arguments.overwrite,
+        progress=True,
+    )
+    for part in found["verdict"]:
+        _say(f"{part['title']}: {part['text']}")
+    for note in found["notes"]:
+        _say(f"realign report: {note}")
+    methods = {
+        entry["name"]: {"gap": entry["gap"]["value"], **{name: entry[name]["value"] for name in ("mixing", "overlap")}}
+        for entry in found["methods"]
+    }
+    page = str(Path(arguments.output) / "report.html")
+    verdict = {part["title"]: part["level"] for part in found["verdict"]}
+    return {"command": "report", "output": page, "verdict": verdict, "methods": methods}
+
+
 def _export(arguments: argparse.Namespace) -> dict[str, Any]:
     from .alignment import Alignment
     from .export import save
@@ -461,6 +500,31 @@ def _parser() -> argparse.ArgumentParser:
     verify = command("verify", _verify, "check an output directory against its manifest")
     verify.add_argument("directory", metavar="DIR")
 
+    report = command("report", _report, "measure an alignment on rows it was not fitted on, and write a page")
+    report.add_argument("text", metavar="TEXT", help="file, directory or glob of embeddings")
+    report.add_argument("image", metavar="IMAGE")
+    report.add_argument("-o", "--output", required=True, metavar="DIR", help="gets report.html, report.json and plots")
+    report.add_argument("--alignment", metavar="FILE", help="one fitted elsewhere, to be measured too")
+    report.add_argument(
+        "--methods", type=_names, default=["realign"], metavar="A,B", help="to fit and compare (default: realign)"
+    )
+    report.add_argument("--paired", action="store_true", help="row i of TEXT belongs to row i of IMAGE")
+    report.add_argument(
+        "--domain", nargs=3, action="append", default=[], metavar=("NAME", "TEXT", "IMAGE"),
+        help="further sets: does a fit here hold there",
+    )  # fmt: skip
+    report.add_argument(
+        "--rows", type=_positive, default=20_000, metavar="N", help="a side, for neighbours and tests (default: 20000)"
+    )
+    report.add_argument("--k", type=_positive, default=20, help="neighbours for the mixing (default: 20)")
+    report.add_argument("--centroids", type=_positive, default=64, metavar="N", help="of the images (default: 64)")
+    report.add_argument("--seed", type=_count, default=0, help="of all draws (default: 0)")
+    report.add_argument("--overwrite", action="store_true", help="write into a directory that is not empty")
+    _add_bad_rows(report, ("raise", "skip"))
+    _add_limit(report)
+    _add_columns(report, text=True, image=True)
+    report.add_argument("--threads", type=_positive, metavar="N", help="default: the cores this process may use")
+
     bench = command("bench", _bench, "time the kernels against this machine's read and copy speed")
     bench.add_argument("--json", metavar="FILE", help="also write the result there")
     bench.add_argument("--quick", action="store_true", help="one dimension and small sizes, for a first look")
@@ -489,6 +553,10 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
 
 
 def _number_or_name(text: str) -> float | str:

@@ -1,4 +1,4 @@
-"""What the maps do to real embeddings, against figures measured in float64 with NumPy, independently of this package."""
+"""What the maps do to real embeddings, against figures measured in float64 with NumPy, without this package."""
 
 import numpy as np
 import pytest

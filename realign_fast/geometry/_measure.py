@@ -1,0 +1,263 @@
+"""One map measured on one pair of sets: every metric, over all rows where it can be, else on a sample of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._reader import Reader
+from ..alignment import Alignment
+from ..io.sources import Source
+from ..methods import Parameters
+from ..moments import Moments, OnBadRows
+from . import centroids, frame, neighbors, spectra, two_sample
+from ._sources import Drawn, Mapped, draw, numbers_of
+
+# Points of a scatter plot, and of a spectrum.
+_NUM_POINTS, _NUM_VALUES = 1500, 512
+_NORMAL_95 = 1.959964
+# Principal directions of both sets whose spans are compared.
+_SUBSPACE = 32
+_RECALLS = (1, 5, 10)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How sets are measured.
+
+    Attributes
+    ----------
+    num_rows : int
+        Rows a side in the sample.
+    seed : int
+        Of the sample and all draws.
+    k, overlap_k : int
+        Neighbours for mixing and for overlap.
+    num_centroids : int
+    paired : bool
+        Whether row i of one set belongs to row i of the other.
+    on_bad_rows : "raise" or "skip"
+    num_threads : int or None
+    """
+
+    num_rows: int = 20_000
+    seed: int = 0
+    k: int = 20
+    overlap_k: int = 10
+    num_centroids: int = 64
+    paired: bool = False
+    on_bad_rows: OnBadRows = "raise"
+    num_threads: int | None = None
+
+
+def gap_of(source: Moments, target: Moments) -> dict[str, Any]:
+    """Return the centroid gap of two sets, what noise alone gives, and the interval of the gap beneath the noise.
+
+    Of `m`, the difference of two means of `n` independent rows each, with `S = Cov / n` summed over both,
+    `||m||^2 - tr S` estimates the squared gap without bias and has variance `4 m^T S m + 2 tr(S^2)`.
+    """
+    difference = source.mean - target.mean
+    noise = source.covariance / source.count + target.covariance / target.count
+    square, floor = float(difference @ difference), float(np.trace(noise))
+    deviation = float(np.sqrt(4 * difference @ noise @ difference + 2 * (noise**2).sum()))
+    low, high = (max(0.0, square - floor + sign * _NORMAL_95 * deviation) for sign in (-1, 1))
+    return {
+        "value": float(np.sqrt(square)),
+        "noise_floor": float(np.sqrt(floor)),
+        "interval": [float(np.sqrt(low)), float(np.sqrt(high))],
+    }
+
+
+def spectrum_entry(moments: Moments) -> dict[str, Any]:
+    """Return the eigenvalues of a covariance, thinned for a plot, and their exponent."""
+    values = spectra.eigenvalues(moments.covariance)
+    law = spectra.spectrum_exponent(values)
+    ranks = np.unique(np.geomspace(1, len(values), min(_NUM_VALUES, len(values))).round().astype(int))
+    return {
+        "values": values[ranks - 1].tolist(),
+        "ranks": ranks.tolist(),
+        "exponent": law.exponent,
+        "range": list(law.ranks),
+    }
+
+
+class Ground:
+    """Text and image rows on which maps are measured, and what of it no map changes.
+
+    Parameters
+    ----------
+    text, image
+        Rows that no map to be measured was fitted on.
+    settings
+        How. `settings.paired` asks for sets of equal length.
+    """
+
+    def __init__(self, text: Source, image: Source, settings: Settings) -> None:
+        self.text, self.image, self.settings = text, image, settings
+        self.reader = Reader(settings.on_bad_rows, settings.num_threads)
+        assert text.num_rows is not None
+        assert image.num_rows is not None
+        seed, count = settings.seed, min(settings.num_rows, text.num_rows, image.num_rows)
+        of_text = numbers_of(text.num_rows, count, seed)
+        of_image = of_text if settings.paired else numbers_of(image.num_rows, count, seed + 1)
+        drawn = self._draw(text, of_text), self._draw(image, of_image)
+        if settings.paired:
+            both = np.intersect1d(drawn[0].numbers, drawn[1].numbers)
+            drawn = tuple(_only(each, both) for each in drawn)
+        else:
+            least = min(len(each.numbers) for each in drawn)
+            drawn = tuple(Drawn(each.rows[:least], each.numbers[:least]) for each in drawn)
+        self.drawn_text, self.drawn_image = drawn
+        self.num_rows = len(drawn[0].numbers)
+        if self.num_rows <= max(settings.k, settings.overlap_k):
+            raise ValueError(
+                f"expected more than {max(settings.k, settings.overlap_k)} rows a side to measure neighbours on, "
+                f"got {self.num_rows}"
+            )
+        self.source, self.target = self._moments(text), self._moments(image)
+
+    def _draw(self, source: Source, numbers: NDArray[np.int64]) -> Drawn:
+        return draw(source, numbers, self.settings.num_threads)
+
+    def _moments(self, source: Source) -> Moments:
+        return self.reader.moments(source, covariance=True)
+
+    @cached_property
+    def plane(self) -> frame.Plane:
+        """The two directions in which both sets together, as they are, vary most."""
+        return frame.principal_plane(self.drawn_text.rows, self.drawn_image.rows)
+
+    @cached_property
+    def neighbours(self) -> neighbors.Neighbours:
+        """Of the text rows among themselves, before any map."""
+        return neighbors.nearest(
+            self.drawn_text.rows, k=self.settings.overlap_k, num_threads=self.settings.num_threads
+        )
+
+    def target_entry(self) -> dict[str, Any]:
+        """Return what is to be shown of the images."""
+        return {
+            "spectrum": spectrum_entry(self.target),
+            "cosines": self._cosines(self.drawn_image.rows),
+            "scatter": self._scatter(self.drawn_image.rows),
+        }
+
+    def measure(self, name: str, alignment: Alignment | None, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the metrics of what a map makes of the text (none: the text as it is) against the images."""
+        settings, notes = self.settings, []
+        text, image, target, images = self.text, self.image, self.target, self.drawn_image.rows
+        if alignment is not None:
+            text = self.mapped(alignment.parameters)
+            if alignment.target_parameters is not None:
+                image = Mapped(image, alignment.target_parameters, settings.seed, settings.num_threads)
+                target, images = self._moments(image), self._draw(image, self.drawn_image.numbers).rows
+        source = self.source if alignment is None else self._moments(text)
+        rows = self.drawn_text.rows if alignment is None else self._draw(text, self.drawn_text.numbers).rows
+        threads, seed = settings.num_threads, settings.seed
+        found = self.neighbours
+        if alignment is not None:
+            found = neighbors.nearest(rows, k=settings.overlap_k, num_threads=threads)
+        entry: dict[str, Any] = {
+            "name": name,
+            "options": dict(options),
+            "gap": gap_of(source, target),
+            "spectrum": spectrum_entry(source),
+            "cosines": self._cosines(rows) | {"js": spectra.angular_js(rows, images, seed=seed)},
+            "scatter": self._scatter(rows),
+            "drift": self._drift(alignment),
+            "mixing": neighbors.mixing(rows, images, settings.k, seed=seed, num_threads=threads)._asdict(),
+            "overlap": neighbors.overlap_of(self.neighbours, found)._asdict(),
+            "recall": None,
+            "cosine_to_pair": None,
+            "residual": None,
+            "pairwise_correlation": spectra.pairwise_correlation(self.drawn_text.rows, rows, seed=seed),
+            "effective_rank": spectra.effective_rank(spectra.eigenvalues(source)),
+            "covariance_gap": spectra.covariance_gap(source, target),
+            **self._spectra(source, target, notes),
+            "occupancy": self._occupancy(rows, images, notes),
+            "two_sample": {
+                "mmd": two_sample.mmd(rows, images, seed=seed).as_dict(),
+                "sliced_wasserstein": two_sample.sliced_wasserstein(rows, images, seed=seed).as_dict(),
+                "frechet": two_sample.frechet(rows, images, seed=seed).as_dict()
+                | {"all_rows": two_sample.frechet_of_moments(source, target)},
+            },
+        }
+        if settings.paired:
+            entry |= self._paired(rows, images)
+        return entry | {"notes": notes}
+
+    def frame(self) -> dict[str, Any]:
+        """Return the decomposition of the gap of pairs, as the rows are."""
+        rows, images = self.drawn_text.rows, self.drawn_image.rows
+        of_sets = frame.Frame.of_moments(self.source, self.target)
+        found = frame.decompose(rows, images, of_sets)
+        return {"rank": of_sets.rank, "energy": of_sets.energy, **asdict(found)}
+
+    def mapped(self, parameters: Parameters) -> Source:
+        """Return what a map makes of the text rows."""
+        return Mapped(self.text, parameters, self.settings.seed, self.settings.num_threads)
+
+    def _cosines(self, rows: NDArray[np.float32]) -> dict[str, Any]:
+        edges, density = spectra.cosine_density(rows, seed=self.settings.seed)
+        return {"edges": edges.tolist(), "density": density.tolist()}
+
+    def _scatter(self, rows: NDArray[np.float32]) -> list[list[float]]:
+        some = rows[:: -(-len(rows) // _NUM_POINTS)]
+        points: list[list[float]] = frame.project(some, self.plane).round(5).tolist()
+        return points
+
+    def _drift(self, alignment: Alignment | None) -> dict[str, float] | None:
+        if alignment is None or alignment.parameters.affine is not None or alignment.target_parameters is not None:
+            return None
+        found = frame.phantom_drift(self.drawn_text.rows, alignment.parameters.scale, alignment.parameters.shift)
+        return {name: getattr(found, name) for name in ("measured", "predicted", "paper")}
+
+    def _spectra(self, source: Moments, target: Moments, notes: list[str]) -> dict[str, float | None]:
+        """Return what compares two spectra; None where too few directions carry variance."""
+        try:
+            values = [spectra.eigenvalues(moments) for moments in (source, target)]
+            q = min(_SUBSPACE, self.num_rows - 1, len(values[0]))
+            return {
+                "spectrum_correlation": spectra.spectrum_correlation(*values),
+                "subspace_overlap": spectra.subspace_overlap(source, target, q),
+            }
+        except ValueError as error:
+            notes.append(f"Spectra were not compared: {error}.")
+            return {"spectrum_correlation": None, "subspace_overlap": None}
+
+    def _occupancy(
+        self, rows: NDArray[np.float32], images: NDArray[np.float32], notes: list[str]
+    ) -> dict[str, Any] | None:
+        settings = self.settings
+        try:
+            found = centroids.occupancy(
+                images,
+                self.drawn_text.rows,
+                rows,
+                num_centroids=settings.num_centroids,
+                seed=settings.seed,
+                paired=settings.paired,
+                num_threads=settings.num_threads,
+            )
+        except (ImportError, ValueError) as error:
+            notes.append(f"The nearest centroids were not counted: {error}.")
+            return None
+        return occupancy_entry(found)
+
+    def _paired(self, rows: NDArray[np.float32], images: NDArray[np.float32]) -> dict[str, Any]:
+        ks = [k for k in _RECALLS if k <= self.num_rows]
+        recall = {
+            name: {str(k): value for k, value in neighbors.recalls(*sets, ks=ks).items()}
+            for name, sets in (("text_to_image", (rows, images)), ("image_to_text", (images, rows)))
+        }
+        residual = frame.decompose(rows, images, frame.frame_of(rows, images))
+        return {
+            "recall": recall,
+            "cosine_to_pair": residual.mean_cosine,
+            "residual": {"anisotropy": residual.anisotropy, "effective_dimension": residual.effective_dimension},
+        }
