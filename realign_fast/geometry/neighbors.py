@@ -40,7 +40,7 @@ _STEP = 2.0**-36
 _SPARE = 8  # candidates fetched beyond those asked for: float32 may have taken one for another
 _NONE = np.iinfo(np.int64).min  # the key of a neighbour that there is not
 _CHUNK_BYTES = 64 << 20  # of similarities at a time
-_GATHERED_BYTES = 1 << 20  # of candidates at a time, as float64: fits into the caches
+_GATHERED_BYTES = 4 << 20  # of candidates at a time, as float64: they stay in the caches
 _BLOCK_ROWS = 4096  # candidates in float64 at a time
 
 _LEAST_RECALL = 0.95
@@ -146,8 +146,8 @@ def nearest(
     k
         How many.
     backend
-        "faiss", "torch", or "auto": the first of them that is installed. torch searches on the GPU where there is one
-        or where the queries lie on one, FAISS if it was built for GPUs.
+        "faiss", "torch", or "auto": the first of them that is installed. torch searches on a GPU where it finds one,
+        FAISS where it was built for GPUs too.
     num_threads
         By default as many as the library takes.
     exact
@@ -194,20 +194,12 @@ def mixing(source: Any, target: Any, k: int = 20, *, seed: int = 0, **options: U
         See `nearest`, for what is raised too.
     """
     labels, found = _both(source, target, k, **options)
-    shares = _other_shares(labels, found.indices)
     rng = np.random.default_rng(seed)
-    sides = labels, ~labels
-    by_chance = np.zeros(2)
-    for _ in range(_PERMUTATIONS):
-        dealt = rng.permutation(labels)
-        entropies = _binary_entropy(_other_shares(dealt, found.indices))
-        by_chance += [np.nanmean(entropies[dealt == side]) / _PERMUTATIONS for side in (False, True)]
-    entropies = _binary_entropy(shares)
-    text, image = (
-        float(np.nanmean(entropies[~side]) / chance) if chance else float("nan")
-        for side, chance in zip(sides, by_chance, strict=True)
-    )
-    return Mixing(*_mean(shares), text, image, k, seed, found.recall)
+    dealt = [rng.permutation(labels) for _ in range(_PERMUTATIONS)]
+    by_chance = np.mean([_entropies(each, found.indices) for each in dealt], axis=0)
+    by_chance[by_chance == 0] = np.nan
+    text, image = (_entropies(labels, found.indices) / by_chance).tolist()
+    return Mixing(*_mean(_other_shares(labels, found.indices)), text, image, k, seed, found.recall)
 
 
 def knn_overlap(before: Any, after: Any, k: int = 10, **options: Unpack[Options]) -> float:
@@ -252,16 +244,17 @@ def recalls(queries: Any, candidates: Any, ks: Sequence[int] = (1, 5, 10)) -> di
     rows, others = map(_unit, _pairs(queries, candidates, names), names)
     for k in ks:
         _check_k(k, len(others))
-    ahead = np.empty(len(rows), np.int64)
+    right = _products(rows, others, np.arange(len(rows))[:, None])
     error = _float32_error(rows.shape[1])
+    least, most = (right - error).astype(np.float32), (right + error).astype(np.float32)
+    ahead, may_be = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
     for part, products in in_parts(rows, others):
-        right = _products(rows[part], others, np.arange(part.start, part.stop)[:, None])
-        ahead[part] = np.count_nonzero(products > np.float32(right + error), axis=1)
-        may_be = np.count_nonzero(products >= np.float32(right - error), axis=1) - 1  # itself
-        unsure = np.flatnonzero((may_be > ahead[part]) & (ahead[part] < max(ks)))
-        for start, exact in _in_float64(rows[part][unsure], others):
-            which = unsure[start : start + len(exact)]
-            ahead[part.start + which] = np.count_nonzero(exact > right[which] - _STEP, axis=1) - 1
+        ahead[part] = np.count_nonzero(products > most[part], axis=1)
+        may_be[part] = np.count_nonzero(products >= least[part], axis=1) - 1  # itself
+    unsure = np.flatnonzero((may_be > ahead) & (ahead < max(ks, default=0)))
+    for start, exact in _in_float64(rows[unsure], others):
+        which = unsure[start : start + len(exact)]
+        ahead[which] = np.count_nonzero(exact > right[which] - _STEP, axis=1) - 1
     return {k: float((ahead < k).mean()) for k in ks}
 
 
@@ -353,11 +346,12 @@ def _mean(shares: NDArray[np.float64]) -> tuple[float, tuple[float, float]]:
     return mean, (max(0.0, mean - margin), min(1.0, mean + margin))
 
 
-def _binary_entropy(shares: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return it in bits."""
+def _entropies(labels: NDArray[np.bool_], indices: Indices) -> NDArray[np.float64]:
+    """Return the mean binary entropy, in bits, of `_other_shares` over the rows of either label, `(2,)`."""
+    shares = _other_shares(labels, indices)
     parts = np.stack([shares, 1 - shares])
-    entropy: NDArray[np.float64] = -(parts * np.log2(np.where(parts == 0, 1, parts))).sum(axis=0)
-    return entropy
+    entropy = -(parts * np.log2(np.where(parts == 0, 1, parts))).sum(axis=0)
+    return np.array([np.nanmean(entropy[labels == label]) for label in (False, True)])
 
 
 def _nearest(
@@ -373,7 +367,6 @@ def _nearest(
     own = np.arange(len(queries)) if candidates is None else np.full(len(queries), -1)
     others = queries if candidates is None else candidates
     _check_k(k, len(others) - (candidates is None))
-    count_threads(num_threads)
     name = _choose(backend)
     if exact is False and name == "torch":
         raise ValueError("exact=False needs faiss, got the backend 'torch'")
