@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ._extras import import_extra
 from ._files import write_atomically
 from .alignment import Alignment, Side
 
@@ -34,7 +35,7 @@ def save(
         If `to` is neither.
     """
     if to == "faiss":
-        module = _import("faiss", "faiss")
+        module = import_extra("faiss")
         data = module.serialize_index(to_faiss(alignment, side=side)).tobytes()
     elif to == "onnx":
         data = to_onnx(alignment, side=side).SerializeToString()
@@ -65,7 +66,7 @@ def to_faiss(alignment: Alignment, index: Any = None, *, side: Side = "source") 
     ValueError
         If `index` has another dimension.
     """
-    module = _import("faiss", "faiss")
+    module = import_extra("faiss")
     dim = alignment.dim
     if index is not None and index.d != dim:
         raise ValueError(f"index must have dimension {dim}, got {index.d}")
@@ -100,7 +101,7 @@ def to_onnx(alignment: Alignment, *, side: Side = "source") -> onnx.ModelProto:
     ImportError
         If onnx is missing.
     """
-    module = _import("onnx", "onnx")
+    module = import_extra("onnx")
     helper, numpy_helper = module.helper, module.numpy_helper
     matrix, offset, correction = _parts(alignment, side)
     affine = alignment.parameters_of(side).affine
@@ -156,12 +157,3 @@ def _parts(alignment: Alignment, side: Side) -> tuple[NDArray[np.float64], NDArr
     affine = parameters.affine
     matrix = parameters.scale * np.eye(alignment.dim) if affine is None else affine.matrix
     return matrix, parameters.shift, parameters.correction
-
-
-def _import(name: str, extra: str) -> Any:
-    from importlib import import_module
-
-    try:
-        return import_module(name)
-    except ModuleNotFoundError:
-        raise ImportError(f"this needs {name}: pip install 'realign-fast[{extra}]'") from None
