@@ -27,7 +27,7 @@ def render(report: Report, light: Mapping[str, bytes], dark: Mapping[str, bytes]
         _header(report),
         _verdict(report["verdict"]),
         _section("Side by side", _table(report)),
-        _section("Figures", "".join(_figures(report, light, dark))),
+        _section("Figures", f'<div class="figures">{_figures(report, light, dark)}</div>' if light else ""),
         _section("How it was measured", _measured(report)),
         _section("Definitions and sources", _definitions()),
     ]
@@ -45,6 +45,11 @@ def render(report: Report, light: Mapping[str, bytes], dark: Mapping[str, bytes]
 
 def _text(value: object) -> str:
     return escape(str(value), quote=True)
+
+
+def _prose(value: str) -> str:
+    """Return text whose percent signs stay with their numbers."""
+    return _text(value).replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def _section(title: str, body: str) -> str:
@@ -80,9 +85,10 @@ def _header(report: Report) -> str:
             f"<p>{', '.join(facts)}</p>{where}</div>"
         )
     pairing = "Row i of one belongs to row i of the other." if report["paired"] else "The two are not paired."
+    text, image = (f"<strong>{_text(report[role]['name'])}</strong>" for role in ("text", "image"))
     return (
-        f"<header>\n<h1>Did the alignment work?</h1>\n<p>Text <strong>{_text(report['text']['name'])}</strong>, "
-        f"mapped to where the images <strong>{_text(report['image']['name'])}</strong> lie. {pairing}</p>\n"
+        "<header>\n<h1>Did the alignment work?</h1>\n"
+        f"<p>The rows of {text}, mapped to where those of {image} lie. {pairing}</p>\n"
         f'<div class="sets">{"".join(sets)}</div>\n</header>'
     )
 
@@ -102,7 +108,7 @@ def _verdict(entries: Sequence[Mapping[str, str]]) -> str:
         word, shape = _LEVELS[entry["level"]]
         cards.append(
             f'<article class="card {entry["level"]}"><p class="level"><svg viewBox="0 0 24 24" aria-hidden="true">'
-            f"{shape}</svg>{word}</p><h3>{_text(entry['title'])}</h3><p>{_text(entry['text'])}</p></article>"
+            f"{shape}</svg>{word}</p><h3>{_text(entry['title'])}</h3><p>{_prose(entry['text'])}</p></article>"
         )
     return f'<section class="verdict" aria-label="Verdict">\n{"".join(cards)}\n</section>'
 
@@ -122,15 +128,18 @@ class _Row:
     def notes(self, method: Method) -> Iterable[str]:
         """Yield what stands below the value in small: what was taken of its chance."""
         *parent, last = self.path.split(".")
-        if last == "value":
+        if parent[:1] == ["recall"]:
+            yield from (f"@{_text(k)} {number(share)}" for k, share in (at(method, *parent) or {}).items() if k != last)
+        elif last == "value":
             node = at(method, *parent)
             interval, null, p_value = at(node, "interval"), at(node, "null"), at(node, "p_value")
             if interval is not None and None not in interval:
-                yield f"{number(interval[0])} to {number(interval[1])}"
+                between = " to " if interval[0] < 0 else "\N{EN DASH}<wbr>"
+                yield f"{number(interval[0])}{between}{number(interval[1])}"
             if null is not None:
                 yield f"chance {number(null)}"
             if p_value is not None:
-                yield f"p {number(p_value)}"
+                yield f"p {brief(p_value)}"
 
 
 def _first(report: Report, *path: str) -> Any:
@@ -172,11 +181,11 @@ def _groups(report: Report) -> Iterable[tuple[str, list[_Row]]]:
             *(
                 _Row(
                     f"Recall@{_text(k)}, {query} to {wanted}",
-                    f"Share of {query} rows with their own {wanted} among the {_text(k)} nearest.",
+                    f"Share of {query} rows with their own {wanted} among the k nearest.",
                     f"recall.{query}_to_{wanted}.{k}",
                 )
                 for query, wanted in (("text", "image"), ("image", "text"))
-                for k in _first(report, "recall", f"{query}_to_{wanted}") or ()
+                for k in list(_first(report, "recall", f"{query}_to_{wanted}") or ())[:1]
             ),
             _Row("Cosine to the pair", "Mean cosine between a text row and its own image.", "cosine_to_pair"),
         ],
@@ -237,9 +246,9 @@ def _table(report: Report) -> str:
             bodies.append(f"<tbody><tr>{group}</tr>{''.join(lines)}</tbody>")
     return (
         '<div class="scroll" role="region" aria-label="Measurements of every method" tabindex="0"><table>'
-        "<caption>Small figures below a value are its 95 % interval; for distributions also what chance alone would "
-        f'give, and p.</caption><thead><tr><th scope="col">Measure</th>{head}</tr></thead>{"".join(bodies)}'
-        "</table></div>"
+        f'<thead><tr><th scope="col">Measure</th>{head}</tr></thead>{"".join(bodies)}</table></div>'
+        "<p><small>Small numbers below a value are its 95 % interval; for distributions also what two samples of one "
+        "distribution give in 95 of 100 cases (chance), and how often they give more than this (p).</small></p>"
     )
 
 
@@ -252,7 +261,8 @@ def _line(row: _Row, methods: Sequence[Method]) -> str:
         else:
             notes = "".join(f"<small>{note}</small>" for note in row.notes(method))
             cells.append(f"<td>{number(value)}{notes}</td>")
-    return f'<tr><th scope="row">{row.title}<small>{row.meaning}</small></th>{"".join(cells)}</tr>'
+    meaning = f'<td colspan="{len(methods) + 1}"><small>{row.meaning}</small></td>'
+    return f'<tr><th scope="row">{row.title}</th>{"".join(cells)}</tr><tr class="meaning">{meaning}</tr>'
 
 
 @dataclass(frozen=True)
@@ -398,15 +408,15 @@ _FIGURES = {
 }
 
 
-def _figures(report: Report, light: Mapping[str, bytes], dark: Mapping[str, bytes]) -> list[str]:
-    return [
-        f'<figure id="{name}"><picture><source media="screen and (prefers-color-scheme: dark)" '
-        f'srcset="{_data(dark[name])}"><img src="{_data(light[name])}" {_size(light[name])} '
-        f'alt="{_text(figure.finding(report))}"></picture>'
-        f"<figcaption><h3>{figure.title}</h3><p>{figure.reading}</p></figcaption></figure>\n"
+def _figures(report: Report, light: Mapping[str, bytes], dark: Mapping[str, bytes]) -> str:
+    return "\n".join(
+        f'<figure id="{name}"><figcaption><h3>{figure.title}</h3><p>{figure.reading}</p></figcaption><picture>'
+        f'<source media="screen and (prefers-color-scheme: dark)" srcset="{_data(dark[name])}">'
+        f'<img src="{_data(light[name])}" {_size(light[name])} alt="{_text(figure.finding(report))}"></picture>'
+        "</figure>"
         for name, figure in _FIGURES.items()
         if name in light
-    ]
+    )
 
 
 def _data(png: bytes) -> str:
@@ -432,10 +442,11 @@ def _measured(report: Report) -> str:
         ("Noise floor", f"{number(report['noise_floor'])} for two samples of these sizes from one distribution."),
     ]
     for index, method in enumerate(report["methods"]):
-        options = ", ".join(f"{key} {json.dumps(value)}" for key, value in method["options"].items())
+        options = ", ".join(f"{key}={json.dumps(value)}" for key, value in method["options"].items())
         notes = _list(map(_text, method["notes"]))
         if options or notes:
-            facts.append((_name(method, index), f"{_text(options)}{notes}"))
+            code = f"<code>{_text(options)}</code>" if options else ""
+            facts.append((_name(method, index), code + notes))
     frame = [(title, at(report, "frame", key)) for key, title in _FRAME]
     values = [(title, number(value)) for title, value in frame if value is not None]
     framed = (
@@ -575,23 +586,25 @@ small{font-size:.8125rem;line-height:1.35}
 .scroll{overflow-x:auto;background:var(--surface);border:1px solid var(--rule);border-radius:6px}
 .scroll:focus-visible,summary:focus-visible{outline:2px solid var(--image);outline-offset:2px}
 table{border-collapse:separate;border-spacing:0;min-width:100%;font-variant-numeric:tabular-nums lining-nums}
-caption{caption-side:bottom;text-align:left;padding:.7rem 1rem;color:var(--muted);font-size:.875rem}
+.scroll+p{margin-top:.6rem;color:var(--muted)}
 th,td{padding:.5rem .9rem;text-align:right;vertical-align:top;border-bottom:1px solid var(--rule);
   overflow-wrap:normal}
 th{font-weight:600}
 tbody td{white-space:nowrap}
 thead th{vertical-align:bottom;white-space:nowrap}
-th:first-child{position:sticky;left:0;z-index:1;background:var(--surface);text-align:left;width:24rem;min-width:10rem;
-  border-right:1px solid var(--rule)}
-th small{display:block;font-weight:400;color:var(--muted);white-space:normal}
-td small{display:block;color:var(--muted)}
-th.group{border-right:0;padding-top:1.1rem;color:var(--muted);font-size:.875rem}
-th.group span{position:sticky;left:.9rem}
+tr:not(.meaning)>:first-child{position:sticky;left:0;z-index:1;background:var(--surface);text-align:left;
+  min-width:11rem}
+tbody tr:not(.meaning)>*{border-bottom:0;padding-bottom:0}
+.meaning td{padding-top:.1rem;text-align:left;white-space:normal}
+.meaning small{display:block;position:sticky;left:.9rem;width:fit-content;max-width:min(56rem,100vw - 5rem)}
+td small{display:block;color:var(--muted);line-height:1.25}
+th.group{padding-top:1.3rem;color:var(--muted);font-size:.875rem}
 .missing{color:var(--muted);font-size:.8125rem}
-figure{margin:0 0 1rem;padding:1rem;display:grid;grid-template-columns:minmax(0,32rem) minmax(0,1fr);gap:1rem 1.75rem;
-  align-items:start;background:var(--surface);border:1px solid var(--rule);border-radius:6px}
-figure img{display:block;width:100%;height:auto}
-figcaption{padding-top:.4rem}
+.figures{columns:2;column-gap:1rem}
+figure{margin:0 0 1rem;padding:1rem;break-inside:avoid;background:var(--surface);border:1px solid var(--rule);
+  border-radius:6px}
+figure img{display:block;width:100%;max-width:34rem;height:auto}
+figure picture{display:block;margin-top:.75rem}
 dl{margin:0}
 dl div{margin:0 0 .9rem}
 dt{font-weight:600}
@@ -600,18 +613,24 @@ dd{margin:0;max-width:68ch}
 .values{max-width:38rem;font-variant-numeric:tabular-nums}
 .values div{display:flex;justify-content:space-between;gap:1rem;margin:0;padding:.35rem 0;
   border-bottom:1px solid var(--rule)}
+.values dd{flex:none}
 .values dt{font-weight:400}
 section>h3{margin-top:1.5rem}
 footer{padding-top:2rem;padding-bottom:3rem;color:var(--muted);font-size:.875rem}
 @media (max-width:56rem){
-  .verdict,figure,.facts div,.terms div{grid-template-columns:minmax(0,1fr)}
-  figcaption{grid-row:1;padding:0}
+  .verdict,.facts div,.terms div{grid-template-columns:minmax(0,1fr)}
+  .figures{columns:1}
 }
 @media (max-width:40rem){
   header{padding-top:1.5rem}
-  th,td{padding:.45rem .6rem}
-  th:first-child{width:42vw;min-width:42vw;max-width:42vw}
-  figure{margin-left:-.5rem;margin-right:-.5rem;padding:.75rem .5rem}
+  table{font-size:.9375rem}
+  th,td{padding:.45rem .5rem}
+  tbody td small{white-space:normal}
+  tr:not(.meaning)>:first-child{min-width:7rem;width:33vw}
+  tr:not(.meaning)>:first-child::after{content:"";position:absolute;top:0;bottom:0;left:100%;width:.5rem;
+    background:linear-gradient(to right,var(--surface),transparent)}
+  .meaning small{left:.5rem;max-width:calc(100vw - 4rem)}
+  figure{margin-left:-.5rem;margin-right:-.5rem;padding:.75rem .5rem .5rem}
   figcaption{padding:0 .5rem}
 }
 @media print{
@@ -620,8 +639,7 @@ footer{padding-top:2rem;padding-bottom:3rem;color:var(--muted);font-size:.875rem
   .card,figure,tr,dl div{break-inside:avoid}
   h2,h3{break-after:avoid}
   .scroll{overflow:visible;border:0}
-  th:first-child{position:static;width:auto;min-width:0}
+  tr:not(.meaning)>:first-child,.meaning small{position:static;min-width:0}
   th,td{padding:.25rem .4rem}
-  figure{grid-template-columns:minmax(0,11cm) minmax(0,1fr)}
 }
 """

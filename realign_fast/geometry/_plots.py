@@ -1,7 +1,7 @@
 """The figures of a report, as PNG, in a light and a dark scheme.
 
-All are five inches wide, so that a point is the same size in each and still readable on a phone. An image set and the
-text before any map keep their colours throughout, and so does every method; dashes and markers tell them apart too.
+All have one narrow width, so that letters are the same size in each and can be read on a phone. The images, the text
+before any map and every method keep their colours throughout; dashes and markers tell them apart too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Report = Mapping[str, Any]
 
-_WIDTH = 5.0
+_WIDTH = 4.6
 _DPI = 200
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _MINUS, _TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
@@ -326,7 +326,7 @@ def _gap(report: Report, scheme: Scheme) -> Figure | None:
         if value is not None:
             dots.append(_Dot(method.name, value, method.colour, interval=_whole(at(gap, "interval")), floor=floor))
         groups.append(dots)
-    return _dots(groups, scheme, "centroid gap, held out (shaded: noise floor)")
+    return _dots(groups, scheme, "centroid gap (shaded: noise floor)")
 
 
 def _whole(interval: Sequence[float | None] | None) -> tuple[float, float] | None:
@@ -373,7 +373,7 @@ def _spectra(report: Report, scheme: Scheme) -> Figure | None:
     _logarithmic(axes, "x")
     _logarithmic(axes, "y")
     axes.set_title("eigenvalue")
-    axes.set_xlabel("rank (shaded: where exponents are fitted)" if fitted else "rank")
+    axes.set_xlabel("rank (shaded: exponent fitted here)" if fitted else "rank")
     figure.legend(loc="outside lower left")
     return figure
 
@@ -435,7 +435,9 @@ def _scatter(report: Report, scheme: Scheme) -> Figure | None:
         colours = np.array([scheme.image] * len(image) + [method.colour] * len(text))
         # In a mixed order, so that neither set hides the other.
         order = np.random.default_rng(0).permutation(len(points))
-        axes.scatter(*points[order].T, c=colours[order], s=5, alpha=0.55, linewidths=0)
+        axes.scatter(
+            *points[order].T, c=colours[order], s=float(np.clip(2500 / len(points), 2, 6)), alpha=0.6, linewidths=0
+        )
         for rows, colour, marker, size in ((image, scheme.image, "o", 14), (text, method.colour, "D", 7)):
             centre = np.nanmean(rows, axis=0)
             axes.plot(*centre, marker, color=colour, ms=size, mec=scheme.surface, mew=1.5)
@@ -483,7 +485,7 @@ def _root_scale(axes: Axes, most: float) -> None:
     axes.set_ylim(0, most * 1.08)
     ticks = [0.0]
     for tick in (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001):
-        if tick <= most and len(ticks) < 4 and (len(ticks) == 1 or tick <= ticks[-1] / 3.9):
+        if 0.06 * most < tick <= most and (len(ticks) == 1 or tick <= ticks[-1] / 2.5):
             ticks.append(tick)
     axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
