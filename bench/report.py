@@ -10,8 +10,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).parent))
 from _tables import arguments, report, row
 
@@ -60,11 +58,25 @@ if __name__ == "__main__":
         subprocess.run([sys.executable, "-c", WRITE, name, str(num_rows), str(shard_rows), str(DIM)], check=True)
         one, memory, found = timed(folder, "realign", sample)
         _, memory_of_all, of_all = timed(folder, "realign,c3,coral,ot", sample)
-    what = f"realign report, {num_rows:,} pairs x {DIM} float16, {found['measured_on']['sample']:,} rows a side for k-NN"
+    what = (
+        f"realign report, {num_rows:,} pairs x {DIM} float16, {found['measured_on']['sample']:,} rows a side for k-NN"
+    )
     lines = [
         row(what, one, "240 s", one / 240, "1x at most", 0, "s"),
-        row(f"{what}: memory", max(memory, memory_of_all) / 1e6, "2000 MB", max(memory, memory_of_all) / 2e9, "1x at most", 0, "MB"),
+        row(
+            f"{what}: memory",
+            max(memory, memory_of_all) / 1e6,
+            "2000 MB",
+            max(memory, memory_of_all) / 2e9,
+            "1x at most",
+            0,
+            "MB",
+        ),
     ]
     for entry in of_all["methods"][2:]:
-        lines.append(row(f"{what}: {entry['name']} beside", entry["seconds"], "60 s", entry["seconds"] / 60, "1x at most", 0, "s"))
+        lines.append(
+            row(
+                f"{what}: {entry['name']} beside", entry["seconds"], "60 s", entry["seconds"] / 60, "1x at most", 0, "s"
+            )
+        )
     report(lines, options.json, machine(("faiss-cpu", "matplotlib")), num_rows=num_rows, sample=sample)

@@ -6,8 +6,8 @@ from importlib import import_module
 from typing import Any
 
 
-def import_extra(name: str, job: str = "this") -> Any:
-    """Return the package, which an extra of the same name installs.
+def import_extra(name: str, job: str = "this", extra: str | None = None) -> Any:
+    """Return the package, which an extra installs: by default one of the same name.
 
     Raises
     ------
@@ -17,4 +17,4 @@ def import_extra(name: str, job: str = "this") -> Any:
     try:
         return import_module(name)
     except ModuleNotFoundError:
-        raise ImportError(f"{job} needs {name}: pip install 'realign-fast[{name}]'") from None
+        raise ImportError(f"{job} needs {name}: pip install 'realign-fast[{extra or name}]'") from None

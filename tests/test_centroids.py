@@ -8,7 +8,8 @@ import pytest
 from scipy.spatial.distance import jensenshannon
 
 from realign_fast import reference
-from realign_fast.geometry.centroids import jensen_shannon, occupancy
+from realign_fast.geometry.centroids import occupancy
+from realign_fast.geometry.spectra import jensen_shannon
 
 CENTRES = reference.project(np.random.default_rng(0).normal(size=(8, 24)))
 

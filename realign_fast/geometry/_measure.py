@@ -26,6 +26,10 @@ _SUBSPACE = 32
 _RECALLS = (1, 5, 10)
 
 
+def _only(drawn: Drawn, numbers: NDArray[np.int64]) -> Drawn:
+    return Drawn(drawn.rows[np.isin(drawn.numbers, numbers)], numbers)
+
+
 @dataclass(frozen=True)
 class Settings:
     """How sets are measured.
@@ -55,14 +59,18 @@ class Settings:
     num_threads: int | None = None
 
 
-def gap_of(source: Moments, target: Moments) -> dict[str, Any]:
+def gap_of(source: Moments, target: Moments, fitted: tuple[int, int] | None = None) -> dict[str, Any]:
     """Return the centroid gap of two sets, what noise alone gives, and the interval of the gap beneath the noise.
 
-    Of `m`, the difference of two means of `n` independent rows each, with `S = Cov / n` summed over both,
-    `||m||^2 - tr S` estimates the squared gap without bias and has variance `4 m^T S m + 2 tr(S^2)`.
+    Of `m`, the difference of the means, with `S = Cov_y (1 / n + 1 / n_fit) + Cov_x (1 / m + 1 / m_fit)`,
+    `||m||^2 - tr S` estimates the squared gap without bias and has variance `4 m^T S m + 2 tr(S^2)`. `fitted` are the
+    rows of text and images behind the map, whose means have noise of their own; none where there is no map, or where it
+    was fitted on these rows.
     """
     difference = source.mean - target.mean
-    noise = source.covariance / source.count + target.covariance / target.count
+    noise = np.zeros_like(source.covariance)
+    for place, moments in enumerate((source, target)):
+        noise += moments.covariance * (1 / moments.count + (1 / fitted[place] if fitted else 0))
     square, floor = float(difference @ difference), float(np.trace(noise))
     deviation = float(np.sqrt(4 * difference @ noise @ difference + 2 * (noise**2).sum()))
     low, high = (max(0.0, square - floor + sign * _NORMAL_95 * deviation) for sign in (-1, 1))
@@ -73,9 +81,8 @@ def gap_of(source: Moments, target: Moments) -> dict[str, Any]:
     }
 
 
-def spectrum_entry(moments: Moments) -> dict[str, Any]:
-    """Return the eigenvalues of a covariance, thinned for a plot, and their exponent."""
-    values = spectra.eigenvalues(moments.covariance)
+def spectrum_entry(values: NDArray[np.float64]) -> dict[str, Any]:
+    """Return eigenvalues, largest first, thinned for a plot, and their exponent."""
     law = spectra.spectrum_exponent(values)
     ranks = np.unique(np.geomspace(1, len(values), min(_NUM_VALUES, len(values))).round().astype(int))
     return {
@@ -84,6 +91,24 @@ def spectrum_entry(moments: Moments) -> dict[str, Any]:
         "exponent": law.exponent,
         "range": list(law.ranks),
     }
+
+
+def _compared(
+    source: Moments,
+    target: Moments,
+    values: NDArray[np.float64],
+    target_values: NDArray[np.float64],
+    notes: list[str],
+) -> dict[str, float | None]:
+    """Return what compares two spectra; None where too few directions carry variance."""
+    found: dict[str, float | None] = {"spectrum_correlation": None, "subspace_overlap": None}
+    try:
+        found["spectrum_correlation"] = spectra.spectrum_correlation(values, target_values)
+        q = min(_SUBSPACE, source.count - 1, target.count - 1, source.dim)
+        found["subspace_overlap"] = spectra.subspace_overlap(source, target, q)
+    except ValueError as error:
+        notes.append(f"Spectra were not compared: {error}.")
+    return found
 
 
 class Ground:
@@ -105,15 +130,14 @@ class Ground:
         seed, count = settings.seed, min(settings.num_rows, text.num_rows, image.num_rows)
         of_text = numbers_of(text.num_rows, count, seed)
         of_image = of_text if settings.paired else numbers_of(image.num_rows, count, seed + 1)
-        drawn = self._draw(text, of_text), self._draw(image, of_image)
+        ours, theirs = self._draw(text, of_text), self._draw(image, of_image)
         if settings.paired:
-            both = np.intersect1d(drawn[0].numbers, drawn[1].numbers)
-            drawn = tuple(_only(each, both) for each in drawn)
+            both = np.intersect1d(ours.numbers, theirs.numbers)
+            self.drawn_text, self.drawn_image = _only(ours, both), _only(theirs, both)
         else:
-            least = min(len(each.numbers) for each in drawn)
-            drawn = tuple(Drawn(each.rows[:least], each.numbers[:least]) for each in drawn)
-        self.drawn_text, self.drawn_image = drawn
-        self.num_rows = len(drawn[0].numbers)
+            least = min(len(ours.numbers), len(theirs.numbers))
+            self.drawn_text, self.drawn_image = _only(ours, ours.numbers[:least]), _only(theirs, theirs.numbers[:least])
+        self.num_rows = len(self.drawn_text.numbers)
         if self.num_rows <= max(settings.k, settings.overlap_k):
             raise ValueError(
                 f"expected more than {max(settings.k, settings.overlap_k)} rows a side to measure neighbours on, "
@@ -135,21 +159,33 @@ class Ground:
     @cached_property
     def neighbours(self) -> neighbors.Neighbours:
         """Of the text rows among themselves, before any map."""
-        return neighbors.nearest(
-            self.drawn_text.rows, k=self.settings.overlap_k, num_threads=self.settings.num_threads
-        )
+        return neighbors.nearest(self.drawn_text.rows, k=self.settings.overlap_k, num_threads=self.settings.num_threads)
+
+    @cached_property
+    def target_values(self) -> NDArray[np.float64]:
+        """Eigenvalues of the images' covariance."""
+        return spectra.eigenvalues(self.target)
 
     def target_entry(self) -> dict[str, Any]:
         """Return what is to be shown of the images."""
         return {
-            "spectrum": spectrum_entry(self.target),
+            "spectrum": spectrum_entry(self.target_values),
             "cosines": self._cosines(self.drawn_image.rows),
             "scatter": self._scatter(self.drawn_image.rows),
         }
 
-    def measure(self, name: str, alignment: Alignment | None, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the metrics of what a map makes of the text (none: the text as it is) against the images."""
-        settings, notes = self.settings, []
+    def measure(
+        self, name: str, alignment: Alignment | None, options: Mapping[str, Any], *, in_fit: bool | None = False
+    ) -> dict[str, Any]:
+        """Return the metrics of what a map makes of the text (none: the text as it is) against the images.
+
+        `in_fit` says whether these rows were in the fit of the map.
+        """
+        fitted = None
+        if alignment is not None and not in_fit:
+            fitted = alignment.source.count, alignment.target.count
+        settings = self.settings
+        notes: list[str] = []
         text, image, target, images = self.text, self.image, self.target, self.drawn_image.rows
         if alignment is not None:
             text = self.mapped(alignment.parameters)
@@ -159,14 +195,16 @@ class Ground:
         source = self.source if alignment is None else self._moments(text)
         rows = self.drawn_text.rows if alignment is None else self._draw(text, self.drawn_text.numbers).rows
         threads, seed = settings.num_threads, settings.seed
+        values = spectra.eigenvalues(source)
+        target_values = self.target_values if target is self.target else spectra.eigenvalues(target)
         found = self.neighbours
         if alignment is not None:
             found = neighbors.nearest(rows, k=settings.overlap_k, num_threads=threads)
         entry: dict[str, Any] = {
             "name": name,
             "options": dict(options),
-            "gap": gap_of(source, target),
-            "spectrum": spectrum_entry(source),
+            "gap": gap_of(source, target, fitted),
+            "spectrum": spectrum_entry(values),
             "cosines": self._cosines(rows) | {"js": spectra.angular_js(rows, images, seed=seed)},
             "scatter": self._scatter(rows),
             "drift": self._drift(alignment),
@@ -176,9 +214,9 @@ class Ground:
             "cosine_to_pair": None,
             "residual": None,
             "pairwise_correlation": spectra.pairwise_correlation(self.drawn_text.rows, rows, seed=seed),
-            "effective_rank": spectra.effective_rank(spectra.eigenvalues(source)),
+            "effective_rank": spectra.effective_rank(values),
             "covariance_gap": spectra.covariance_gap(source, target),
-            **self._spectra(source, target, notes),
+            **_compared(source, target, values, target_values, notes),
             "occupancy": self._occupancy(rows, images, notes),
             "two_sample": {
                 "mmd": two_sample.mmd(rows, images, seed=seed).as_dict(),
@@ -217,19 +255,6 @@ class Ground:
         found = frame.phantom_drift(self.drawn_text.rows, alignment.parameters.scale, alignment.parameters.shift)
         return {name: getattr(found, name) for name in ("measured", "predicted", "paper")}
 
-    def _spectra(self, source: Moments, target: Moments, notes: list[str]) -> dict[str, float | None]:
-        """Return what compares two spectra; None where too few directions carry variance."""
-        try:
-            values = [spectra.eigenvalues(moments) for moments in (source, target)]
-            q = min(_SUBSPACE, self.num_rows - 1, len(values[0]))
-            return {
-                "spectrum_correlation": spectra.spectrum_correlation(*values),
-                "subspace_overlap": spectra.subspace_overlap(source, target, q),
-            }
-        except ValueError as error:
-            notes.append(f"Spectra were not compared: {error}.")
-            return {"spectrum_correlation": None, "subspace_overlap": None}
-
     def _occupancy(
         self, rows: NDArray[np.float32], images: NDArray[np.float32], notes: list[str]
     ) -> dict[str, Any] | None:
@@ -247,7 +272,14 @@ class Ground:
         except (ImportError, ValueError) as error:
             notes.append(f"The nearest centroids were not counted: {error}.")
             return None
-        return occupancy_entry(found)
+        return {
+            "num_centroids": found.num_centroids,
+            "image": found.image.tolist(),
+            "text": found.after.tolist(),
+            "js": found.js_after,
+            "coverage": found.coverage_after,
+            "agreement": found.agreement_after,
+        }
 
     def _paired(self, rows: NDArray[np.float32], images: NDArray[np.float32]) -> dict[str, Any]:
         ks = [k for k in _RECALLS if k <= self.num_rows]

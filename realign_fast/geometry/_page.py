@@ -460,13 +460,13 @@ def _measured(report: Report) -> str:
 _FRAME = (
     ("rank", "Directions in the frame"),
     ("energy", "Share of the spread in it"),
-    ("mean_bias", "Mean difference in the frame"),
-    ("orthogonal_bias", "Mean difference outside"),
-    ("residual_trace", "Spread of differences in the frame"),
-    ("orthogonal_trace", "Spread of differences outside"),
-    ("condition", "Condition number in the frame"),
-    ("orthogonal_condition", "Condition number outside"),
-    ("angle_degrees", "Angle of the outer mean to the outer spread's first direction, in degrees"),
+    ("beta_norm", "Mean difference in the frame"),
+    ("gamma_norm", "Mean difference outside"),
+    ("delta_trace", "Spread of differences in the frame"),
+    ("zeta_trace", "Spread of differences outside"),
+    ("delta_condition", "Condition number in the frame"),
+    ("zeta_condition", "Condition number outside"),
+    ("gamma_angle_deg", "Angle of the outer mean to the outer spread's first direction, in degrees"),
 )
 
 _SOURCES = (

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .._extras import import_extra
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -123,10 +125,9 @@ def draw(report: Report, dark: bool) -> dict[str, bytes]:
     ImportError
         If matplotlib is missing.
     """
-    try:
-        from matplotlib import style
-    except ImportError as missing:
-        raise ImportError("the report needs matplotlib: pip install 'realign-fast[report]'") from missing
+    import_extra("matplotlib", "the report", extra="report")
+    from matplotlib import style
+
     scheme = DARK if dark else LIGHT
     images = {}
     with style.context(["default", _settings(scheme)]):

@@ -52,7 +52,7 @@ class Fold(Source):
     ) -> None:
         assert source.num_rows is not None
         self._source, self._num_folds, self._number, self._limit = source, num_folds, number, limit
-        self._seed = np.uint64(seed) * _STEP
+        self._seed = np.uint64(seed * int(_STEP) % 2**64)
         self._refuses = refuse_bad_rows
         self.name, self.dim, self.dtype = source.name, source.dim, source.dtype
         total = source.num_rows if limit is None else min(source.num_rows, limit)

@@ -13,7 +13,7 @@ _KEPT, _HALF_KEPT = 0.8, 0.5
 
 
 def verdict(report: dict[str, Any]) -> list[dict[str, str]]:
-    """Return what is to be said of the first map of a report: aligned or not, anisotropy, neighbourhoods, what to do."""
+    """Return what is to be said of the first map of a report: the gap, the spectrum, the neighbours, what to do."""
     none, entry = report["methods"][:2]
     parts = [_aligned(none, entry), _anisotropy(none, entry), _neighbourhoods(entry)]
     return [*parts, _advice(report, none, entry, [part["level"] for part in parts])]
@@ -68,9 +68,7 @@ def _neighbourhoods(entry: dict[str, Any]) -> dict[str, str]:
     return _part("bad", "Neighbourhoods lost", f"{what} What a text means has changed with its place.")
 
 
-def _advice(
-    report: dict[str, Any], none: dict[str, Any], entry: dict[str, Any], levels: list[str]
-) -> dict[str, str]:
+def _advice(report: dict[str, Any], none: dict[str, Any], entry: dict[str, Any], levels: list[str]) -> dict[str, str]:
     advice = []
     if levels[0] == "bad":
         advice.append(
@@ -78,7 +76,9 @@ def _advice(
             "were measured come from where the fit's did."
         )
     elif levels[2] == "bad":
-        advice.append("The map is too strong: fit realign, or ot with its own choice of strength, which keep neighbours.")
+        advice.append(
+            "The map is too strong: fit realign, or ot with its own choice of strength, which keep neighbours."
+        )
     else:
         advice.append("The aligned text can stand in for image embeddings in training.")
     gap, curve = entry["gap"], report["sample_size"]["points"]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from .._extras import import_extra
 from .._nearest import similarities
 from .neighbors import Unit, faiss_threads, unit_rows
+from .spectra import jensen_shannon
 
 _TRAINING_ROWS = 256  # for each centroid
 
@@ -115,10 +116,12 @@ def occupancy(
     )
 
 
-def jensen_shannon(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
-    """Return the Jensen-Shannon divergence, in bits, of two distributions of the same shape."""
-    middle = (p + q) / 2
-    return float(sum((part[part > 0] * np.log2(part[part > 0] / middle[part > 0])).sum() for part in (p, q)) / 2)
+def cluster(rows: Any, num_clusters: int, *, seed: int = 0, num_threads: int | None = None) -> NDArray[np.intp]:
+    """Return the cluster `(n,)` of each row `(n, dim)` by spherical k-means; raises as `occupancy`."""
+    unit = unit_rows(rows, "rows", num_threads)
+    if not 1 <= num_clusters <= len(unit):
+        raise ValueError(f"num_clusters must be between 1 and {len(unit)}, the number of rows, got {num_clusters}")
+    return _nearest_centroid(unit, _centroids(unit, num_clusters, seed, num_threads))
 
 
 def _centroids(unit: Unit, num_centroids: int, seed: int, num_threads: int | None) -> Unit:

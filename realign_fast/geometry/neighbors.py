@@ -218,10 +218,16 @@ def overlap(before: Any, after: Any, k: int = 10, **options: Unpack[Options]) ->
         _nearest(unit_rows(rows, name, options.get("num_threads")), None, k, **options)
         for rows, name in ((before, "before"), (after, "after"))
     )
-    row = np.arange(len(before))[:, None] * len(before)
-    there = found.indices >= 0
-    kept = there & np.isin(row + found.indices, (row + mapped.indices)[mapped.indices >= 0])
-    return Overlap(*_mean(_share(kept, there)), k, min(found.recall, mapped.recall))
+    return overlap_of(found, mapped)
+
+
+def overlap_of(before: Neighbours, after: Neighbours) -> Overlap:
+    """Return the same of neighbours that have been found, of the same rows among themselves."""
+    num_rows, k = before.indices.shape
+    row = np.arange(num_rows)[:, None] * num_rows
+    there = before.indices >= 0
+    kept = there & np.isin(row + before.indices, (row + after.indices)[after.indices >= 0])
+    return Overlap(*_mean(_share(kept, there)), k, min(before.recall, after.recall))
 
 
 def recall_at(queries: Any, candidates: Any, k: int = 1) -> float:

@@ -6,6 +6,7 @@ All functions take arrays and look at the rows' directions alone.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import count, takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from ..alignment import Alignment, fit
 from ..moments import Moments
 from . import centroids, neighbors
 
-_SMALLEST = 100
+_SMALLEST, _FEWEST = 100, 8
 _MIXTURE_CLUSTERS = 8
 
 
@@ -57,17 +58,21 @@ def split(text: ArrayLike, image: ArrayLike, *, seed: int = 0, paired: bool = Fa
         parts = [np.sort(part) for order in orders for part in np.array_split(order, 2)]
         return Split(sets[0][parts[0]], sets[1][parts[2]], sets[0][parts[1]], sets[1][parts[3]])
     if len(sets[0]) != len(sets[1]):
-        raise ValueError(f"pairs need sets of equal length, got {len(sets[0])} rows of text and {len(sets[1])} of image")
-    first, second, rest = (np.sort(part) for part in np.array_split(np.random.default_rng(seed).permutation(len(sets[0])), 3))
+        raise ValueError(
+            f"pairs need sets of equal length, got {len(sets[0])} rows of text and {len(sets[1])} of image"
+        )
+    first, second, rest = (
+        np.sort(part) for part in np.array_split(np.random.default_rng(seed).permutation(len(sets[0])), 3)
+    )
     return Split(sets[0][first], sets[1][second], sets[0][rest], sets[1][rest])
 
 
-def held_out_gap(alignment: Alignment, held_text: ArrayLike, held_image: ArrayLike, *, num_threads: int | None = None) -> float:
+def held_out_gap(
+    alignment: Alignment, held_text: ArrayLike, held_image: ArrayLike, *, num_threads: int | None = None
+) -> float:
     """Return `||mean(out) - mu_x||` over rows `(n, dim)` and `(m, dim)`."""
-    text, image = (
-        alignment.transform(np.asarray(rows), dtype="float32", side=side, num_threads=num_threads)
-        for rows, side in ((held_text, "source"), (held_image, "target"))
-    )
+    text = alignment.transform(np.asarray(held_text), dtype="float32", num_threads=num_threads)
+    image = alignment.transform(np.asarray(held_image), dtype="float32", side="target", num_threads=num_threads)
     return float(np.linalg.norm(_mean(text) - _mean(image)))
 
 
@@ -76,10 +81,11 @@ def _mean(rows: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def sizes_up_to(num_rows: int) -> list[int]:
-    """Return 100, 316, 1000, ... up to half of `num_rows`, so that the draws of one size differ."""
-    steps = np.arange(0, 40)
-    sizes = (_SMALLEST * 10 ** (steps / 2)).round().astype(np.int64)
-    return [int(size) for size in sizes if size <= num_rows // 2]
+    """Return 100, 316, 1000, ... up to half of `num_rows`, that draws differ; eighths of that where it is little."""
+    half = num_rows // 2
+    sizes = (round(_SMALLEST * 10 ** (step / 2)) for step in count())
+    found = list(takewhile(lambda size: size <= half, sizes))
+    return found if len(found) > 2 else [half // part for part in (8, 4, 2, 1) if half // part >= _FEWEST]
 
 
 def sample_size_curve(
@@ -161,15 +167,20 @@ def transfer(
     gap, mixing = [], []
     for rows in domains.values():
         alignment = fit(rows.text, rows.image, method=method, num_threads=num_threads, **options)
-        gap.append([held_out_gap(alignment, each.held_text, each.held_image, num_threads=num_threads) for each in domains.values()])
+        gap.append(
+            [
+                held_out_gap(alignment, each.held_text, each.held_image, num_threads=num_threads)
+                for each in domains.values()
+            ]
+        )
         mixing.append([_mixing(alignment, each, k, seed, num_threads) for each in domains.values()])
     return {"method": method, "names": list(domains), "gap": gap, "mixing": mixing}
 
 
 def _mixing(alignment: Alignment, rows: Split, k: int, seed: int, num_threads: int | None) -> float:
-    count = min(len(rows.held_text), len(rows.held_image))
-    text = alignment.transform(rows.held_text[:count], dtype="float32", num_threads=num_threads)
-    image = alignment.transform(rows.held_image[:count], dtype="float32", side="target", num_threads=num_threads)
+    least = min(len(rows.held_text), len(rows.held_image))
+    text = alignment.transform(rows.held_text[:least], dtype="float32", num_threads=num_threads)
+    image = alignment.transform(rows.held_image[:least], dtype="float32", side="target", num_threads=num_threads)
     return neighbors.knn_mixing(text, image, k)
 
 
@@ -199,14 +210,20 @@ def shifted_mixtures(
     draws = np.random.default_rng(seed).random(len(labels))
     points = []
     for shift in shifts:
-        alignment = fit(rows.text[~leaves | (draws >= shift)], rows.image, method=method, num_threads=num_threads, **options)
+        alignment = fit(
+            rows.text[~leaves | (draws >= shift)], rows.image, method=method, num_threads=num_threads, **options
+        )
         text = alignment.transform(rows.held_text, dtype="float32", num_threads=num_threads)
         image = alignment.transform(rows.held_image, dtype="float32", side="target", num_threads=num_threads)
-        found = centroids.occupancy(image, rows.held_text, text, num_centroids=num_centroids, seed=seed, num_threads=num_threads)
-        points.append({
-            "shift": shift,
-            "gap": float(np.linalg.norm(_mean(text) - _mean(image))),
-            "coverage": found.coverage,
-            "js": found.js,
-        })
+        found = centroids.occupancy(
+            image, rows.held_text, text, num_centroids=num_centroids, seed=seed, num_threads=num_threads
+        )
+        points.append(
+            {
+                "shift": shift,
+                "gap": float(np.linalg.norm(_mean(text) - _mean(image))),
+                "coverage": found.coverage_after,
+                "js": found.js_after,
+            }
+        )
     return {"method": method, "points": points}

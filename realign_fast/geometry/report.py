@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,15 +18,15 @@ from typing import Any
 import numpy as np
 
 from .. import _files
-from .._progress import progress as show_progress
+from .._extras import import_extra
 from .._reader import Reader
 from .._version import __version__
 from ..alignment import Alignment, fit_sources
 from ..io.sources import Source, open_source
 from ..methods import anchor_trace, get_method
-from ..moments import OnBadRows, check_on_bad_rows
+from ..moments import Moments, OnBadRows, check_on_bad_rows
 from . import protocol
-from ._measure import Ground, Settings, gap_of
+from ._measure import Ground, Settings
 from ._sources import Fold, draw, numbers_of
 from ._verdict import verdict
 
@@ -118,7 +119,8 @@ def compare(
         "notes": notes,
     }
     if alignment is not None:
-        found["after"] = ground.measure(alignment.method, alignment, alignment.report.get("options", {}))
+        in_fit = found["measured_on"]["used_in_fit"]
+        found["after"] = ground.measure(alignment.method, alignment, _options(alignment), in_fit=in_fit)
     return found
 
 
@@ -182,7 +184,7 @@ def report(
     """
     from . import _page, _plots
 
-    _plots.check_installed()
+    import_extra("matplotlib", "the report", extra="report")
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
         raise FileExistsError(f"{folder} is not empty: pass --overwrite or another folder")
@@ -219,13 +221,14 @@ def report(
         with job.saying(name):
             began = time.monotonic()
             fitted = job.fit(method, seed) if ready is None else ready
-            entry = ground.measure(name, fitted, fitted.report.get("options", {}))
+            in_fit = fitted_on if ready is not None else False
+            entry = ground.measure(name, fitted, _options(fitted), in_fit=in_fit)
             entry["gap"] |= {
                 "steps": _steps(ground, fitted, name, entries[0]["gap"]["value"], entry["gap"]["value"]),
                 "in_sample": job.in_sample(fitted, seed) if ready is None else None,
             }
             entry["seconds"] = round(time.monotonic() - began, 1)
-            if ready is not None and fitted_on:
+            if in_fit:
                 entry["notes"].append(
                     "This alignment was fitted on all rows of these sets: its figures flatter it. The fit to a part of "
                     "them, beside it, was not."
@@ -238,8 +241,8 @@ def report(
         "format": "realign-report",
         "version": 1,
         "package": __version__,
-        "text": _describe(sources[0], text, limit),
-        "image": _describe(sources[1], image, limit),
+        "text": _describe(sources[0], text, limit, ground.source),
+        "image": _describe(sources[1], image, limit, ground.target),
         "paired": settings.paired,
         "measured_on": _measured_on(ground, fitted_on),
         "noise_floor": entries[0]["gap"]["noise_floor"],
@@ -278,9 +281,10 @@ class _Job:
 
     @contextmanager
     def saying(self, what: str) -> Iterator[None]:
-        with show_progress(f"report: {what}", 1, enabled=self._progress, unit="steps") as advance:
-            yield
-            advance(1)
+        began = time.monotonic()
+        yield
+        if self._progress:
+            print(f"report: {what}: {time.monotonic() - began:.1f} s", file=sys.stderr)
 
     def _parts(self, seed: int) -> tuple[Fold, Fold, Fold, Fold]:
         """Return text and image to fit on, and text and image to measure on."""
@@ -322,10 +326,15 @@ class _Job:
         return self._rows
 
     def curve(self, method: str, options: Mapping[str, Any]) -> list[dict[str, float]]:
-        """Return the held-out gap against rows in the fit: drawn in memory, and at last all rows that are not held out."""
+        """Return the held-out gap against rows in the fit: of draws in memory, and of all rows not held out."""
         settings = self._settings
         points = protocol.sample_size_curve(
-            self._split(), method=method, num_draws=_NUM_DRAWS, seed=settings.seed, num_threads=settings.num_threads, **options
+            self._split(),
+            method=method,
+            num_draws=_NUM_DRAWS,
+            seed=settings.seed,
+            num_threads=settings.num_threads,
+            **options,
         )
         gaps, floors, counts = [], [], []
         for number in range(_NUM_DRAWS):
@@ -336,7 +345,9 @@ class _Job:
             counts.append(min(fitted.source.count, fitted.target.count))
             floors.append(
                 protocol.noise_floor(
-                    fitted.source.trace + fitted.target.trace, counts[-1], min(held_text.num_rows, held_image.num_rows)
+                    fitted.source.trace + fitted.target.trace,
+                    counts[-1],
+                    min(held_text.num_rows or 0, held_image.num_rows or 0),
                 )
             )
         return [*points, protocol.curve_point(min(counts), gaps, float(np.mean(floors)))]
@@ -441,10 +452,17 @@ def _fitted_on(alignment: Alignment, sources: tuple[Source, Source], ground: Gro
     return True
 
 
-def _describe(source: Source, data: Any, limit: int | None) -> dict[str, Any]:
+def _describe(source: Source, data: Any, limit: int | None, measured: Moments) -> dict[str, Any]:
     given = data if isinstance(data, list | tuple) else [data]
     paths = [os.fspath(item) for item in given if isinstance(item, str | os.PathLike)]
-    return {"name": source.name, "paths": paths, "rows": _num_rows(source, limit), "dim": source.dim, "dtype": source.dtype}
+    return {
+        "name": source.name,
+        "paths": paths,
+        "rows": _num_rows(source, limit),
+        "dim": source.dim,
+        "dtype": source.dtype,
+        "bad_rows": measured.num_skipped,
+    }
 
 
 def _steps(ground: Ground, alignment: Alignment, name: str, before: float, after: float) -> list[list[Any]]:
@@ -457,6 +475,11 @@ def _steps(ground: Ground, alignment: Alignment, name: str, before: float, after
             moments = ground.reader.transformed_moments(ground.text, parts[step])
             found.append([step, float(np.linalg.norm(moments.mean - ground.target.mean))])
     return [*found, [name, after]]
+
+
+def _options(alignment: Alignment) -> dict[str, Any]:
+    found: dict[str, Any] = alignment.report.get("options", {})
+    return found
 
 
 def _options_of(entries: list[dict[str, Any]], method: str) -> dict[str, Any]:

@@ -275,9 +275,10 @@ def angular_js(source: object, target: object, *, num_rows: int = 4000, bins: in
     """
     ours = _shares_by_cosine(source, "source", num_rows, bins, seed)
     theirs = _shares_by_cosine(target, "target", num_rows, bins, seed)
-    return max(0.0, _bits((ours + theirs) / 2) - (_bits(ours) + _bits(theirs)) / 2)
+    return jensen_shannon(ours, theirs)
 
 
-def _bits(shares: Vector) -> float:
-    positive = shares[shares > 0]
-    return -float((positive * np.log2(positive)).sum())
+def jensen_shannon(p: Vector, q: Vector) -> float:
+    """Return the Jensen-Shannon divergence, in bits, of two distributions `(n,)`."""
+    middle = (p + q) / 2
+    return float(sum((part[part > 0] * np.log2(part[part > 0] / middle[part > 0])).sum() for part in (p, q)) / 2)
