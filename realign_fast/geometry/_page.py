@@ -247,8 +247,8 @@ def _table(report: Report) -> str:
     return (
         '<div class="scroll" role="region" aria-label="Measurements of every method" tabindex="0"><table>'
         f'<thead><tr><th scope="col">Measure</th>{head}</tr></thead>{"".join(bodies)}</table></div>'
-        "<p><small>Small numbers below a value are its 95 % interval; for distributions also what two samples of one "
-        "distribution give in 95 of 100 cases (chance), and how often they give more than this (p).</small></p>"
+        "<p>Small numbers below a value are its 95 % interval; for distributions also what two samples of one "
+        "distribution give in 95 of 100 cases (chance), and how often they give more than the value (p).</p>"
     )
 
 
@@ -322,21 +322,21 @@ def _find_drift(report: Report) -> str:
 
 def _find_sample_size(report: Report) -> str:
     study = report["sample_size"]
-    points = [study["points"][0], study["points"][-1]]
+    points = [point for point in study["points"] if point["mean"] and point["rows"]]
     found = " and ".join(
         f"{brief(point['mean'])} with {brief(point['rows'])} rows (noise floor {brief(point['floor'])})"
-        for point in points
+        for point in (points[0], points[-1])
     )
     return f"The held-out gap of {study['method']} is {found}."
 
 
 def _find_transfer(report: Report) -> str:
     transfer = report["transfer"]
+    names = transfer["names"]
     found = [
-        f"{fitted} on {measured} {brief(value)}"
-        for fitted, line in zip(transfer["names"], transfer["gap"], strict=True)
-        for measured, value in zip(transfer["names"], line, strict=True)
-        if value is not None
+        f"{fitted} on {measured} {brief(at(transfer, 'gap', row, column))}"
+        for row, fitted in enumerate(names)
+        for column, measured in enumerate(names)
     ]
     return f"Centroid gap of {transfer['method']}, fitted on one set and measured on another: {', '.join(found)}."
 
@@ -439,7 +439,7 @@ def _measured(report: Report) -> str:
         ("Rows measured", f"{number(measured['rows'])} a side. {seen}"),
         ("Sample", f"Neighbours, pairs and distributions on {number(measured['sample'])} rows a side."),
         ("Seed", _text(measured["seed"])),
-        ("Noise floor", f"{number(report['noise_floor'])} for two samples of these sizes from one distribution."),
+        ("Noise floor", f"{brief(report['noise_floor'])} for two samples of these sizes from one distribution."),
     ]
     for index, method in enumerate(report["methods"]):
         options = ", ".join(f"{key}={json.dumps(value)}" for key, value in method["options"].items())
@@ -586,7 +586,7 @@ small{font-size:.8125rem;line-height:1.35}
 .scroll{overflow-x:auto;background:var(--surface);border:1px solid var(--rule);border-radius:6px}
 .scroll:focus-visible,summary:focus-visible{outline:2px solid var(--image);outline-offset:2px}
 table{border-collapse:separate;border-spacing:0;min-width:100%;font-variant-numeric:tabular-nums lining-nums}
-.scroll+p{margin-top:.6rem;color:var(--muted)}
+.scroll+p{margin-top:.6rem;color:var(--muted);font-size:.875rem}
 th,td{padding:.5rem .9rem;text-align:right;vertical-align:top;border-bottom:1px solid var(--rule);
   overflow-wrap:normal}
 th{font-weight:600}
@@ -625,7 +625,8 @@ footer{padding-top:2rem;padding-bottom:3rem;color:var(--muted);font-size:.875rem
   header{padding-top:1.5rem}
   table{font-size:.9375rem}
   th,td{padding:.45rem .5rem}
-  tbody td small{white-space:normal}
+  td small{white-space:normal}
+  tr:not(.meaning) small{font-size:.75rem}
   tr:not(.meaning)>:first-child{min-width:7rem;width:33vw}
   tr:not(.meaning)>:first-child::after{content:"";position:absolute;top:0;bottom:0;left:100%;width:.5rem;
     background:linear-gradient(to right,var(--surface),transparent)}

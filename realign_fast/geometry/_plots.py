@@ -218,12 +218,9 @@ def _numbers(values: Any) -> NDArray[np.float64]:
 
 def _figure(height: float) -> Figure:
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    layout = figure.get_layout_engine()
-    assert layout is not None
-    layout.set(w_pad=0.08, h_pad=0.08)
-    return figure
+    return Figure(figsize=(_WIDTH, height), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
 
 
 def _logarithmic(axes: Axes, which: str) -> None:
@@ -492,7 +489,7 @@ def _root_scale(axes: Axes, most: float) -> None:
 
 
 def _sample_size(report: Report, scheme: Scheme) -> Figure | None:
-    points = [point for point in at(report, "sample_size", "points") or [] if point["mean"]]
+    points = [point for point in at(report, "sample_size", "points") or [] if point["mean"] and point["rows"]]
     if not points:
         return None
     colour = _colour_of(report, scheme, report["sample_size"]["method"])
@@ -535,7 +532,8 @@ def _transfer(report: Report, scheme: Scheme) -> Figure | None:
     lines = max(map(len, names)) * 0.5 if upright else max(name.count("\n") + 1 for name in below)
     figure = _figure(len(panels) * (min(3.4, 0.62 * len(names)) + 0.95 + 0.19 * lines))
     for axes, (title, values) in zip(figure.subplots(len(panels), 1, squeeze=False).ravel(), panels, strict=True):
-        scale = np.log(np.where(values > 0, values, np.nan)) if title == "centroid gap" else values
+        smallest = min(values[values > 0], default=1.0)
+        scale = np.log(np.maximum(values, smallest)) if title == "centroid gap" else values
         low, high = np.nanmin(scale), np.nanmax(scale)
         # Half of the ramp, so that text of one colour is readable on all of it.
         share = 0.04 + 0.5 * (scale - low) / max(high - low, 1e-12)
