@@ -65,6 +65,8 @@ def method(name, paired, rng):
         "overlap": {"value": 1.0 if name == "none" else 0.907, "interval": [0.9, 0.915], "k": 10},
         "recall": {"text_to_image": recall, "image_to_text": recall} if paired else None,
         "cosine_to_pair": 0.679 if paired else None,
+        "residual": {"anisotropy": 32.0, "effective_dimension": 58.4} if paired else None,
+        "pairwise_correlation": 0.95,
         "effective_rank": 210.4,
         "covariance_gap": 0.7,
         "spectrum_correlation": 0.982,
@@ -149,20 +151,31 @@ def example(names=METHODS, paired=True):
         "frame": {
             "rank": 120,
             "energy": 0.95,
-            "mean_bias": 0.81,
-            "orthogonal_bias": 0.21,
-            "residual_trace": 0.52,
-            "orthogonal_trace": 0.031,
-            "condition": 31.2,
-            "orthogonal_condition": 4.1,
-            "angle_degrees": 84.0,
+            "beta_norm": 0.81,
+            "gamma_norm": 0.21,
+            "delta_trace": 0.52,
+            "zeta_trace": 0.031,
+            "delta_condition": 31.2,
+            "zeta_condition": 4.1,
+            "gamma_angle_deg": 84.0,
         },
         "notes": ["Neighbours were taken on 20,000 rows a side."],
     }
 
 
 # What may be null as a whole; what else stands in a report is a number or stays.
-OBJECTS = ("spectrum", "cosines", "scatter", "drift", "mixing", "overlap", "recall", "occupancy", "two_sample")
+OBJECTS = (
+    "residual",
+    "spectrum",
+    "cosines",
+    "scatter",
+    "drift",
+    "mixing",
+    "overlap",
+    "recall",
+    "occupancy",
+    "two_sample",
+)
 OBJECTS += ("gap", "interval", "range", "transfer", "mixtures", "frame", "sample_size")
 
 
@@ -363,10 +376,12 @@ def test_what_the_page_says(page):
     assert "e-0" not in text
 
 
-def test_rows_of_the_fit_are_owned_up_to(report, drawn):
-    used = report | {"measured_on": report["measured_on"] | {"used_in_fit": True}}
-    assert "flatters" in Page(_page.render(used, *drawn)).text
-    assert "flatters" not in Page(_page.render(report, *drawn)).text
+@pytest.mark.parametrize(
+    ("used", "said"), [(True, "which flatters it"), (False, "has not seen them"), (None, "cannot be known")]
+)
+def test_rows_of_the_fit_are_owned_up_to(report, drawn, used, said):
+    other = report | {"measured_on": report["measured_on"] | {"used_in_fit": used}}
+    assert said in Page(_page.render(other, *drawn)).text
 
 
 HOSTILE = "<script>alert(1)</script>\"'&amp;</style>"
