@@ -147,11 +147,12 @@ def _first(report: Report, *path: str) -> Any:
 
 
 def _groups(report: Report) -> Iterable[tuple[str, list[_Row]]]:
-    seen = "that the fit saw too" if report["measured_on"]["used_in_fit"] else "the fit has not seen"
+    where = {True: "rows the fit saw too", False: "rows the fit has not seen", None: "the rows measured"}
+    rows = where[report["measured_on"]["used_in_fit"]]
     yield (
         "Means",
         [
-            _Row("Centroid gap", f"Distance between the mean rows of text and images, on rows {seen}.", "gap.value"),
+            _Row("Centroid gap", f"Distance between the mean rows of text and images, on {rows}.", "gap.value"),
             _Row("Noise floor", "What two samples of one set, of these sizes, would show.", "gap.noise_floor"),
             _Row("Gap in sample", "The same distance on the rows the map was fitted to.", "gap.in_sample"),
         ],
@@ -173,6 +174,9 @@ def _groups(report: Report) -> Iterable[tuple[str, list[_Row]]]:
                 "Share of a text row's nearest text rows that the map leaves among them; 1 keeps all.",
                 "overlap.value",
             ),
+            _Row(
+                "Cosines kept", "Correlation of the cosines among text rows before and after.", "pairwise_correlation"
+            ),
         ],
     )
     yield (
@@ -188,6 +192,10 @@ def _groups(report: Report) -> Iterable[tuple[str, list[_Row]]]:
                 for k in list(_first(report, "recall", f"{query}_to_{wanted}") or ())[:1]
             ),
             _Row("Cosine to the pair", "Mean cosine between a text row and its own image.", "cosine_to_pair"),
+            _Row(
+                "Residual anisotropy", "Largest spread of pairs' differences, by the mean one.", "residual.anisotropy"
+            ),
+            _Row("Residual dimension", "Over about how many directions they spread.", "residual.effective_dimension"),
         ],
     )
     exponent, ranks = (at(report, "target", "spectrum", key) for key in ("exponent", "range"))
@@ -245,10 +253,11 @@ def _table(report: Report) -> str:
             group = f'<th class="group" scope="rowgroup" colspan="{len(methods) + 1}"><span>{title}</span></th>'
             bodies.append(f"<tbody><tr>{group}</tr>{''.join(lines)}</tbody>")
     return (
-        '<div class="scroll" role="region" aria-label="Measurements of every method" tabindex="0"><table>'
+        f'<div class="scroll" style="--methods:{len(methods)}" role="region" aria-label="Measurements of every method" '
+        'tabindex="0"><table>'
         f'<thead><tr><th scope="col">Measure</th>{head}</tr></thead>{"".join(bodies)}</table></div>'
-        "<p><small>Small numbers below a value are its 95 % interval; for distributions also what two samples of one "
-        "distribution give in 95 of 100 cases (chance), and how often they give more than this (p).</small></p>"
+        "<p>Small numbers below a value are its 95 % interval; for distributions also what two samples of one "
+        "distribution give in 95 of 100 cases (chance), and how often they give more than the value (p).</p>"
     )
 
 
@@ -322,21 +331,21 @@ def _find_drift(report: Report) -> str:
 
 def _find_sample_size(report: Report) -> str:
     study = report["sample_size"]
-    points = [study["points"][0], study["points"][-1]]
+    points = [point for point in study["points"] if point["mean"] and point["rows"]]
     found = " and ".join(
         f"{brief(point['mean'])} with {brief(point['rows'])} rows (noise floor {brief(point['floor'])})"
-        for point in points
+        for point in (points[0], points[-1])
     )
     return f"The held-out gap of {study['method']} is {found}."
 
 
 def _find_transfer(report: Report) -> str:
     transfer = report["transfer"]
+    names = transfer["names"]
     found = [
-        f"{fitted} on {measured} {brief(value)}"
-        for fitted, line in zip(transfer["names"], transfer["gap"], strict=True)
-        for measured, value in zip(transfer["names"], line, strict=True)
-        if value is not None
+        f"{fitted} on {measured} {brief(at(transfer, 'gap', row, column))}"
+        for row, fitted in enumerate(names)
+        for column, measured in enumerate(names)
     ]
     return f"Centroid gap of {transfer['method']}, fitted on one set and measured on another: {', '.join(found)}."
 
@@ -430,23 +439,22 @@ def _size(png: bytes) -> str:
 
 def _measured(report: Report) -> str:
     measured = report["measured_on"]
-    seen = (
-        "The fit saw these rows too, so that all of this flatters it."
-        if measured["used_in_fit"]
-        else ("The fit has not seen them.")
-    )
+    seen = {
+        True: "The fit saw them too, which flatters it.",
+        False: "The fit has not seen them.",
+        None: "Whether a fit made elsewhere has seen them cannot be known.",
+    }[measured["used_in_fit"]]
     facts = [
         ("Rows measured", f"{number(measured['rows'])} a side. {seen}"),
         ("Sample", f"Neighbours, pairs and distributions on {number(measured['sample'])} rows a side."),
         ("Seed", _text(measured["seed"])),
-        ("Noise floor", f"{number(report['noise_floor'])} for two samples of these sizes from one distribution."),
+        ("Noise floor", f"{brief(report['noise_floor'])} for two samples of these sizes from one distribution."),
     ]
     for index, method in enumerate(report["methods"]):
         options = ", ".join(f"{key}={json.dumps(value)}" for key, value in method["options"].items())
-        notes = _list(map(_text, method["notes"]))
-        if options or notes:
-            code = f"<code>{_text(options)}</code>" if options else ""
-            facts.append((_name(method, index), code + notes))
+        code = f"<p><code>{_text(options)}</code></p>" if options else ""
+        known = _MAPS.get(method["name"], "")
+        facts.append((_name(method, index), known + code + _list(map(_text, method["notes"]))))
     frame = [(title, at(report, "frame", key)) for key, title in _FRAME]
     values = [(title, number(value)) for title, value in frame if value is not None]
     framed = (
@@ -468,6 +476,21 @@ _FRAME = (
     ("zeta_condition", "Condition number outside"),
     ("gamma_angle_deg", "Angle of the outer mean to the outer spread's first direction, in degrees"),
 )
+
+# What the maps do, by their names in `methods`.
+_MAPS = {
+    "none": "The text as it is, at unit length.",
+    "anchor": "Shifts the mean of the text to that of the images.",
+    "anchor_trace": "Shifts the mean, and scales the spread, to those of the images.",
+    "realign": "Shifts and scales, then shifts what the projection has moved. ReAlign, arXiv 2602.07026.",
+    "c3": "Shifts the mean, and adds noise. Connect, Collapse, Corrupt, arXiv 2401.08567.",
+    "center": "Takes its own mean away from either set: for search.",
+    "whiten": "Takes its own mean and covariance away from either set.",
+    "coral": "Whitens the text, and colours it as the images are. Sun, Feng and Saenko 2016.",
+    "bca": "The same, the leading directions apart from the rest. AnisoAlign, arXiv 2605.07825.",
+    "ot": "Matches the covariances by the least movement, or goes a part of that way.",
+    "debias": "Leaves out the directions in which the text varies most.",
+}
 
 _SOURCES = (
     (
@@ -518,17 +541,19 @@ _SOURCES = (
     ),
     ("Sliced Wasserstein", "The Wasserstein distance along random directions, averaged. Bonneel et al. 2015."),
     ("MMD", "Maximum mean discrepancy, a two-sample test with a kernel. Gretton et al. 2012."),
-    (
-        "Image centroids",
-        "The images by k-means; occupancy is the share of rows nearest to each centroid.",
-    ),
+    ("Image centroids", "The images by k-means; occupancy is the share of rows nearest to each centroid."),
     (
         "Drift",
         "How far projecting to unit length moves the mean of the shifted and scaled rows away from the images' mean. "
         "The second-order formula is for small residuals; the other prediction also holds for unit rows. ReAlign, "
         "arXiv 2602.07026.",
     ),
-    ("c3", "Connect, Collapse, Corrupt, arXiv 2401.08567."),
+    (
+        "Residual, fixed frame",
+        "Of the differences between images and their text, less their mean: the largest eigenvalue of their covariance "
+        "by the mean one, and the squared trace by the trace of the square. The frame is of the leading eigenvectors "
+        "of the sum of both covariances. ReAlign, arXiv 2602.07026.",
+    ),
 )
 
 
@@ -583,10 +608,11 @@ small{font-size:.8125rem;line-height:1.35}
 .card svg :first-child{stroke:none}
 .card svg :last-child{fill:none}
 .good{--level:var(--good)}.warn{--level:var(--warn)}.bad{--level:var(--bad)}.none{--level:var(--muted)}
-.scroll{overflow-x:auto;background:var(--surface);border:1px solid var(--rule);border-radius:6px}
+.scroll{overflow-x:auto;max-width:calc(22rem + 9.5rem*var(--methods));
+  background:var(--surface);border:1px solid var(--rule);border-radius:6px}
 .scroll:focus-visible,summary:focus-visible{outline:2px solid var(--image);outline-offset:2px}
 table{border-collapse:separate;border-spacing:0;min-width:100%;font-variant-numeric:tabular-nums lining-nums}
-.scroll+p{margin-top:.6rem;color:var(--muted)}
+.scroll+p{margin-top:.6rem;color:var(--muted);font-size:.875rem}
 th,td{padding:.5rem .9rem;text-align:right;vertical-align:top;border-bottom:1px solid var(--rule);
   overflow-wrap:normal}
 th{font-weight:600}
@@ -598,7 +624,8 @@ tbody tr:not(.meaning)>*{border-bottom:0;padding-bottom:0}
 .meaning td{padding-top:.1rem;text-align:left;white-space:normal}
 .meaning small{display:block;position:sticky;left:.9rem;width:fit-content;max-width:min(56rem,100vw - 5rem)}
 td small{display:block;color:var(--muted);line-height:1.25}
-th.group{padding-top:1.3rem;color:var(--muted);font-size:.875rem}
+tr>th.group:first-child{position:static;padding-top:1.3rem;color:var(--muted);font-size:.875rem}
+.group span{display:inline-block;position:sticky;left:.9rem}
 .missing{color:var(--muted);font-size:.8125rem}
 .figures{columns:2;column-gap:1rem}
 figure{margin:0 0 1rem;padding:1rem;break-inside:avoid;background:var(--surface);border:1px solid var(--rule);
@@ -625,11 +652,13 @@ footer{padding-top:2rem;padding-bottom:3rem;color:var(--muted);font-size:.875rem
   header{padding-top:1.5rem}
   table{font-size:.9375rem}
   th,td{padding:.45rem .5rem}
-  tbody td small{white-space:normal}
+  td small{white-space:normal}
+  tr:not(.meaning) small{font-size:.75rem}
   tr:not(.meaning)>:first-child{min-width:7rem;width:33vw}
-  tr:not(.meaning)>:first-child::after{content:"";position:absolute;top:0;bottom:0;left:100%;width:.5rem;
+  tr:not(.meaning)>:not(.group):first-child::after{content:"";position:absolute;top:0;bottom:0;left:100%;width:.5rem;
     background:linear-gradient(to right,var(--surface),transparent)}
-  .meaning small{left:.5rem;max-width:calc(100vw - 4rem)}
+  .meaning small,.group span{left:.5rem}
+  .meaning small{max-width:calc(100vw - 4rem)}
   figure{margin-left:-.5rem;margin-right:-.5rem;padding:.75rem .5rem .5rem}
   figcaption{padding:0 .5rem}
 }
@@ -639,7 +668,8 @@ footer{padding-top:2rem;padding-bottom:3rem;color:var(--muted);font-size:.875rem
   .card,figure,tr,dl div{break-inside:avoid}
   h2,h3{break-after:avoid}
   .scroll{overflow:visible;border:0}
-  tr:not(.meaning)>:first-child,.meaning small{position:static;min-width:0}
+  tr:not(.meaning)>:first-child,.meaning small,.group span{position:static;min-width:0}
+  figure img{max-width:11cm}
   th,td{padding:.25rem .4rem}
 }
 """

@@ -29,6 +29,7 @@ _DPI = 200
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _MINUS, _TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 _LONGEST_NAME = 16
+_SMALLEST_SHARE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -219,12 +220,9 @@ def _numbers(values: Any) -> NDArray[np.float64]:
 
 def _figure(height: float) -> Figure:
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    layout = figure.get_layout_engine()
-    assert layout is not None
-    layout.set(w_pad=0.08, h_pad=0.08)
-    return figure
+    return Figure(figsize=(_WIDTH, height), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
 
 
 def _logarithmic(axes: Axes, which: str) -> None:
@@ -365,9 +363,9 @@ def _spectra(report: Report, scheme: Scheme) -> Figure | None:
         exponent = spectrum["exponent"]
         label = name if exponent is None else f"{name}: exponent {brief(exponent)}"
         values = _numbers(spectrum["values"])
-        axes.plot(
-            _numbers(spectrum["ranks"]), np.where(values > 0, values, np.nan), color=colour, ls=dashes, label=label
-        )
+        # Further down is rounding, of directions that fewer rows than dimensions leave empty.
+        values = np.where(values > _SMALLEST_SHARE * np.nanmax(values, initial=0), values, np.nan)
+        axes.plot(_numbers(spectrum["ranks"]), values, color=colour, ls=dashes, label=label)
     fitted = _whole(lines[0][1]["range"])
     if fitted:
         axes.axvspan(*fitted, color=scheme.band, linewidth=0, zorder=0)
@@ -493,7 +491,7 @@ def _root_scale(axes: Axes, most: float) -> None:
 
 
 def _sample_size(report: Report, scheme: Scheme) -> Figure | None:
-    points = [point for point in at(report, "sample_size", "points") or [] if point["mean"]]
+    points = [point for point in at(report, "sample_size", "points") or [] if point["mean"] and point["rows"]]
     if not points:
         return None
     colour = _colour_of(report, scheme, report["sample_size"]["method"])
@@ -506,7 +504,16 @@ def _sample_size(report: Report, scheme: Scheme) -> Figure | None:
     _logarithmic(axes, "x")
     _logarithmic(axes, "y")
     if np.isfinite(floor).any():
-        axes.plot(rows, floor, color=scheme.muted, ls=(0, (4, 2)), linewidth=1.6, label="noise floor, falls as 1/√rows")
+        axes.plot(
+            rows,
+            floor,
+            color=scheme.muted,
+            ls=(0, (4, 2)),
+            lw=1.6,
+            marker="_",
+            ms=9,
+            label="noise floor, falls as 1/√rows",
+        )
     axes.errorbar(
         rows, mean, np.nan_to_num(deviation), color=colour, fmt="-o", capsize=4, label="measured, with deviation"
     )
@@ -530,21 +537,25 @@ def _transfer(report: Report, scheme: Scheme) -> Figure | None:
     from matplotlib.colors import LinearSegmentedColormap
 
     names = [_printable(name) for name in transfer["names"]]
+    columns = [fill(name, 32 // len(names)) for name in names]
+    if len(names) > 3:
+        columns = [str(place) for place in range(1, len(names) + 1)]
+        names = [f"{name}  {place}" for name, place in zip(names, columns, strict=True)]
     ramp = LinearSegmentedColormap.from_list("ramp", [scheme.surface, scheme.image])
-    upright = len(names) > 5
-    below = names if upright else [fill(name, 32 // len(names)) for name in names]
-    lines = max(map(len, names)) * 0.5 if upright else max(name.count("\n") + 1 for name in below)
-    figure = _figure(len(panels) * (min(3.4, 0.62 * len(names)) + 0.95 + 0.19 * lines))
+    lines = max(name.count("\n") for name in columns)
+    figure = _figure(len(panels) * (0.62 * min(len(names), 6) + 1.14 + 0.19 * lines))
     for axes, (title, values) in zip(figure.subplots(len(panels), 1, squeeze=False).ravel(), panels, strict=True):
-        scale = np.log(np.where(values > 0, values, np.nan)) if title == "centroid gap" else values
+        smallest = min(values[values > 0], default=1.0)
+        scale = np.log(np.maximum(values, smallest)) if title == "centroid gap" else values
         low, high = np.nanmin(scale), np.nanmax(scale)
         # Half of the ramp, so that text of one colour is readable on all of it.
         share = 0.04 + 0.5 * (scale - low) / max(high - low, 1e-12)
         axes.imshow(np.ma.masked_invalid(share), cmap=ramp, vmin=0, vmax=1, aspect="auto")
-        for (row, column), value in np.ndenumerate(values):
-            text = brief(float(value)) if np.isfinite(value) else "?"
-            axes.text(column, row, text, ha="center", va="center", fontsize=11 if len(names) < 6 else 9)
-        axes.set_xticks(range(len(names)), below, rotation=90 if upright else 0)
+        cells = [_cell(value, len(names)) for value in values.ravel()]
+        size = min(11.0, 320 / len(names) / max(map(len, cells)))
+        for text, (row, column) in zip(cells, np.ndindex(values.shape), strict=True):
+            axes.text(column, row, text, ha="center", va="center", fontsize=size)
+        axes.set_xticks(range(len(names)), columns)
         axes.set_yticks(range(len(names)), names)
         axes.tick_params(length=0)
         axes.set_title(title)
@@ -552,6 +563,12 @@ def _transfer(report: Report, scheme: Scheme) -> Figure | None:
         for spine in axes.spines.values():
             spine.set_visible(False)
     return figure
+
+
+def _cell(value: float, num_columns: int) -> str:
+    if not np.isfinite(value):
+        return "?"
+    return brief(float(value)) if num_columns <= 3 else brief(float(f"{value:.1e}")).removeprefix("0") or "0"
 
 
 def _mixtures(report: Report, scheme: Scheme) -> Figure | None:
