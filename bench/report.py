@@ -21,9 +21,10 @@ import sys
 import numpy as np
 folder, num_rows, shard_rows, dim = sys.argv[1], *map(int, sys.argv[2:])
 rng = np.random.default_rng(0)
-# Spectra that decay, clouds apart, and pairs that have something in common.
+# Spectra that decay, clouds apart, and pairs that have something in common; of the sizes that encoders give.
 scales = np.arange(1, dim + 1, dtype=np.float32) ** -0.6
-means = {side: 0.7 * rng.standard_normal(dim, np.float32) * scales for side in ("text", "image")}
+scales *= 0.45 / np.linalg.norm(scales)
+means = {side: 0.75 * rng.standard_normal(dim, np.float32) / dim**0.5 for side in ("text", "image")}
 for number, start in enumerate(range(0, num_rows, shard_rows)):
     shared = rng.standard_normal((min(shard_rows, num_rows - start), dim), np.float32)
     for side, mean in means.items():

@@ -10,7 +10,16 @@ import torch
 
 from realign_fast import reference
 from realign_fast.geometry import neighbors
-from realign_fast.geometry.neighbors import knn_mixing, knn_overlap, mixing, nearest, overlap, recall_at, recalls
+from realign_fast.geometry.neighbors import (
+    knn_mixing,
+    knn_overlap,
+    mixing,
+    nearest,
+    overlap,
+    recall_at,
+    recalls,
+    recalls_both_ways,
+)
 
 BACKENDS = ["faiss", "torch"]
 
@@ -253,6 +262,9 @@ def test_recalls_against_a_loop(name, monkeypatch):
             patch.setattr("realign_fast._nearest._CHUNK_BYTES", 3000)
             patch.setattr(neighbors, "_CHUNK_BYTES", 3000)
             assert recalls(queries, candidates, (1, 3, 30)) == pytest.approx(wanted)
+            forth, back = recalls_both_ways(queries, candidates, (1, 3, 30))
+        assert forth == pytest.approx(wanted)
+        assert back == recalls(candidates, queries, (1, 3, 30))
 
 
 def test_recall_needs_no_library(monkeypatch):

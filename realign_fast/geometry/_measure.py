@@ -16,7 +16,7 @@ from ..io.sources import Source
 from ..methods import Parameters
 from ..moments import Moments, OnBadRows
 from . import centroids, frame, neighbors, spectra, two_sample
-from ._sources import Drawn, Mapped, draw, numbers_of
+from ._sources import Drawn, Mapped, draw, few, numbers_of
 
 # Points of a scatter plot, and of a spectrum.
 _NUM_POINTS, _NUM_VALUES = 1500, 512
@@ -24,6 +24,7 @@ _NORMAL_95 = 1.959964
 # Principal directions of both sets whose spans are compared.
 _SUBSPACE = 32
 _RECALLS = (1, 5, 10)
+_COSINE_ROWS = 4000
 
 
 def _only(drawn: Drawn, numbers: NDArray[np.int64]) -> Drawn:
@@ -83,13 +84,18 @@ def gap_of(source: Moments, target: Moments, fitted: tuple[int, int] | None = No
 
 def spectrum_entry(values: NDArray[np.float64]) -> dict[str, Any]:
     """Return eigenvalues, largest first, thinned for a plot, and their exponent."""
-    law = spectra.spectrum_exponent(values)
-    ranks = np.unique(np.geomspace(1, len(values), min(_NUM_VALUES, len(values))).round().astype(int))
+    try:
+        law = spectra.spectrum_exponent(values)
+    except ValueError:  # too few directions for a slope
+        law = None
+    ranks = np.arange(1, len(values) + 1)
+    if len(ranks) > _NUM_VALUES:
+        ranks = np.unique(np.geomspace(1, len(values), _NUM_VALUES).round().astype(int))
     return {
         "values": values[ranks - 1].tolist(),
         "ranks": ranks.tolist(),
-        "exponent": law.exponent,
-        "range": list(law.ranks),
+        "exponent": law and law.exponent,
+        "range": law and list(law.ranks),
     }
 
 
@@ -205,7 +211,8 @@ class Ground:
             "options": dict(options),
             "gap": gap_of(source, target, fitted),
             "spectrum": spectrum_entry(values),
-            "cosines": self._cosines(rows) | {"js": spectra.angular_js(rows, images, seed=seed)},
+            "cosines": self._cosines(rows)
+            | {"js": spectra.angular_js(few(rows, _COSINE_ROWS), few(images, _COSINE_ROWS))},
             "scatter": self._scatter(rows),
             "drift": self._drift(alignment),
             "mixing": neighbors.mixing(rows, images, settings.k, seed=seed, num_threads=threads)._asdict(),
@@ -213,7 +220,9 @@ class Ground:
             "recall": None,
             "cosine_to_pair": None,
             "residual": None,
-            "pairwise_correlation": spectra.pairwise_correlation(self.drawn_text.rows, rows, seed=seed),
+            "pairwise_correlation": spectra.pairwise_correlation(
+                few(self.drawn_text.rows, _COSINE_ROWS), few(rows, _COSINE_ROWS)
+            ),
             "effective_rank": spectra.effective_rank(values),
             "covariance_gap": spectra.covariance_gap(source, target),
             **_compared(source, target, values, target_values, notes),
@@ -241,12 +250,11 @@ class Ground:
         return Mapped(self.text, parameters, self.settings.seed, self.settings.num_threads)
 
     def _cosines(self, rows: NDArray[np.float32]) -> dict[str, Any]:
-        edges, density = spectra.cosine_density(rows, seed=self.settings.seed)
+        edges, density = spectra.cosine_density(few(rows, _COSINE_ROWS))
         return {"edges": edges.tolist(), "density": density.tolist()}
 
     def _scatter(self, rows: NDArray[np.float32]) -> list[list[float]]:
-        some = rows[:: -(-len(rows) // _NUM_POINTS)]
-        points: list[list[float]] = frame.project(some, self.plane).round(5).tolist()
+        points: list[list[float]] = frame.project(few(rows, _NUM_POINTS), self.plane).round(5).tolist()
         return points
 
     def _drift(self, alignment: Alignment | None) -> dict[str, float] | None:
@@ -283,9 +291,10 @@ class Ground:
 
     def _paired(self, rows: NDArray[np.float32], images: NDArray[np.float32]) -> dict[str, Any]:
         ks = [k for k in _RECALLS if k <= self.num_rows]
+        found = neighbors.recalls_both_ways(rows, images, ks)
         recall = {
-            name: {str(k): value for k, value in neighbors.recalls(*sets, ks=ks).items()}
-            for name, sets in (("text_to_image", (rows, images)), ("image_to_text", (images, rows)))
+            name: {str(k): value for k, value in recalls.items()}
+            for name, recalls in zip(("text_to_image", "image_to_text"), found, strict=True)
         }
         residual = frame.decompose(rows, images, frame.frame_of(rows, images))
         return {

@@ -138,3 +138,8 @@ def draw(source: Source, numbers: NDArray[np.int64], num_threads: int | None = N
         start += len(batch.rows.values)
     good = rows.any(axis=1)
     return Drawn(rows, numbers) if good.all() else Drawn(rows[good], numbers[good])
+
+
+def few(rows: NDArray[np.float32], count: int) -> NDArray[np.float32]:
+    """Return at most so many of the rows, evenly spaced: what is drawn lies in the order of its source."""
+    return rows[:: max(1, -(-len(rows) // count))]

@@ -43,11 +43,13 @@ def _aligned(none: dict[str, Any], entry: dict[str, Any]) -> dict[str, str]:
 def _anisotropy(none: dict[str, Any], entry: dict[str, Any]) -> dict[str, str]:
     before, after = none["spectrum"]["exponent"], entry["spectrum"]["exponent"]
     rank, new_rank = none["effective_rank"], entry["effective_rank"]
-    what = (
-        f"The eigenvalues of the text fell as rank to the power -{before:.2f}, and fall as -{after:.2f} after "
-        f"{entry['name']}; the effective rank went from {rank:.0f} to {new_rank:.0f}."
-    )
-    if abs(after - before) <= _EXPONENT * abs(before) and abs(new_rank - rank) <= _EFFECTIVE_RANK * rank:
+    what = f"The effective rank of the text went from {rank:.0f} to {new_rank:.0f} by {entry['name']}"
+    same_slope = True
+    if before is not None and after is not None:
+        same_slope = abs(after - before) <= _EXPONENT * abs(before)
+        what += f", and its eigenvalues, which fell as rank to the power {-before:.2f}, fall as {-after:.2f}"
+    what += "."
+    if same_slope and abs(new_rank - rank) <= _EFFECTIVE_RANK * rank:
         return _part("good", "Anisotropy kept", what)
     if new_rank > rank:
         return _part("warn", "Anisotropy changed", f"{what} The text has become rounder than it was.")
@@ -74,6 +76,11 @@ def _advice(report: dict[str, Any], none: dict[str, Any], entry: dict[str, Any],
         advice.append(
             "Do not train on these rows. See whether text and images come from one encoder, and whether the rows that "
             "were measured come from where the fit's did."
+        )
+    elif levels[2] == "bad" and entry["name"].startswith(("anchor", "realign")):
+        advice.append(
+            "Neighbours change although this map only shifts and scales: the clouds are wide against their distance. "
+            "See whether the embeddings were centred or whitened before."
         )
     elif levels[2] == "bad":
         advice.append(

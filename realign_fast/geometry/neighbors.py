@@ -246,6 +246,18 @@ def recalls(queries: Any, candidates: Any, ks: Sequence[int] = (1, 5, 10)) -> di
     ValueError
         If one of `ks` is not between 1 and the number of candidates, the shapes differ, or a row is zero or not finite.
     """
+    return _recalls(queries, candidates, ks, both_ways=False)[0]
+
+
+def recalls_both_ways(
+    queries: Any, candidates: Any, ks: Sequence[int] = (1, 5, 10)
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Return `recalls` of the queries among the candidates, and of the candidates among the queries."""
+    forth, back = _recalls(queries, candidates, ks, both_ways=True)
+    return forth, back
+
+
+def _recalls(queries: Any, candidates: Any, ks: Sequence[int], *, both_ways: bool) -> list[dict[int, float]]:
     names = "queries", "candidates"
     rows, others = map(_unit, _pairs(queries, candidates, names), names)
     for k in ks:
@@ -253,15 +265,23 @@ def recalls(queries: Any, candidates: Any, ks: Sequence[int] = (1, 5, 10)) -> di
     right = _products(rows, others, np.arange(len(rows))[:, None])
     error = _float32_error(rows.shape[1])
     least, most = (right - error).astype(np.float32), (right + error).astype(np.float32)
-    ahead, may_be = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
+    # How many candidates are surely more similar than the right one, and how many may be, for each row either way.
+    ahead, may_be = np.zeros((2, 1 + both_ways, len(rows)), np.int64)
     for part, products in in_parts(rows, others):
-        ahead[part] = np.count_nonzero(products > most[part], axis=1)
-        may_be[part] = np.count_nonzero(products >= least[part], axis=1) - 1  # itself
-    unsure = np.flatnonzero((may_be > ahead) & (ahead < max(ks, default=0)))
-    for start, exact in _in_float64(rows[unsure], others):
-        which = unsure[start : start + len(exact)]
-        ahead[which] = np.count_nonzero(exact > right[which] - _STEP, axis=1) - 1
-    return {k: float((ahead < k).mean()) for k in ks}
+        ahead[0, part] = np.count_nonzero(products > most[part], axis=1)
+        may_be[0, part] = np.count_nonzero(products >= least[part], axis=1) - 1  # itself
+        if both_ways:
+            ahead[1] += np.count_nonzero(products > most[:, 0], axis=0)
+            may_be[1] += np.count_nonzero(products >= least[:, 0], axis=0)
+    may_be[1:] -= 1
+    found = []
+    for way, (asked, among) in enumerate(((rows, others), (others, rows))[: 1 + both_ways]):
+        unsure = np.flatnonzero((may_be[way] > ahead[way]) & (ahead[way] < max(ks, default=0)))
+        for start, exact in _in_float64(asked[unsure], among):
+            which = unsure[start : start + len(exact)]
+            ahead[way, which] = np.count_nonzero(exact > right[which] - _STEP, axis=1) - 1
+        found.append({k: float((ahead[way] < k).mean()) for k in ks})
+    return found
 
 
 def unit_rows(x: Any, name: str, num_threads: int | None = None, *, dim: int | None = None) -> Unit:

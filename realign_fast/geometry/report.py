@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import _files
 from .._extras import import_extra
@@ -27,11 +28,11 @@ from ..methods import anchor_trace, get_method
 from ..moments import Moments, OnBadRows, check_on_bad_rows
 from . import protocol
 from ._measure import Ground, Settings
-from ._sources import Fold, draw, numbers_of
+from ._sources import Fold, draw, few, numbers_of
 from ._verdict import verdict
 
 # Rows a side from which fits of few and many rows are drawn, and which other domains give.
-_CURVE_ROWS, _DOMAIN_ROWS = 65_536, 10_000
+_CURVE_ROWS, _DOMAIN_ROWS = 32_768, 10_000
 _NUM_DRAWS = 5
 # Fewer say nothing: see Ground, and the folds are a third of them.
 _FEWEST_ROWS = 80
@@ -236,7 +237,7 @@ def report(
             entries.append(entry)
     primary = steps[0][2] if given is None or not fitted_on else given.method
     with job.saying("gap against the number of rows"):
-        curve = job.curve(primary, _options_of(entries, primary))
+        curve = job.curve(ground, primary, _options_of(entries, primary))
     found: dict[str, Any] = {
         "format": "realign-report",
         "version": 1,
@@ -244,7 +245,7 @@ def report(
         "text": _describe(sources[0], text, limit, ground.source),
         "image": _describe(sources[1], image, limit, ground.target),
         "paired": settings.paired,
-        "measured_on": _measured_on(ground, fitted_on),
+        "measured_on": _measured_on(ground, False if given is None else fitted_on),
         "noise_floor": entries[0]["gap"]["noise_floor"],
         "target": ground.target_entry(),
         "methods": entries,
@@ -255,10 +256,12 @@ def report(
         "notes": notes,
     }
     with job.saying("fits on shifted mixtures"):
-        found["mixtures"] = job.mixtures(primary, _options_of(entries, primary), notes)
+        found["mixtures"] = job.mixtures(ground, primary, _options_of(entries, primary), notes)
     if domains:
         with job.saying("transfer between domains"):
-            found["transfer"] = job.transfer(primary, _options_of(entries, primary), domains, text_column, image_column)
+            found["transfer"] = job.transfer(
+                ground, primary, _options_of(entries, primary), domains, text_column, image_column
+            )
     found["verdict"] = verdict(found)
     with job.saying("draw"):
         light, dark = (_plots.draw(found, dark=dark) for dark in (False, True))
@@ -314,22 +317,23 @@ class _Job:
         target = self._reader.transformed_moments(image, alignment.parameters_of("target"))
         return float(np.linalg.norm(source.mean - target.mean))
 
-    def _split(self) -> protocol.Split:
-        """Return rows of all parts, in memory."""
+    def _draw(self, place: int, num_rows: int) -> NDArray[np.float32]:
+        """Return so many rows of one of the parts."""
+        part, seed = self._parts(self._settings.seed)[place], self._settings.seed + place
+        return draw(part, numbers_of(part.num_rows or 0, num_rows, seed), self._settings.num_threads).rows
+
+    def _split(self, ground: Ground) -> protocol.Split:
+        """Return rows of the first part, in memory, and those on which neighbours were measured."""
         if self._rows is None:
-            seed, threads = self._settings.seed, self._settings.num_threads
-            drawn = [
-                draw(part, numbers_of(part.num_rows or 0, _CURVE_ROWS, seed + place), threads).rows
-                for place, part in enumerate(self._parts(seed))
-            ]
-            self._rows = protocol.Split(*drawn)
+            text, image = self._draw(0, _CURVE_ROWS), self._draw(1, _CURVE_ROWS)
+            self._rows = protocol.Split(text, image, ground.drawn_text.rows, ground.drawn_image.rows)
         return self._rows
 
-    def curve(self, method: str, options: Mapping[str, Any]) -> list[dict[str, float]]:
+    def curve(self, ground: Ground, method: str, options: Mapping[str, Any]) -> list[dict[str, float]]:
         """Return the held-out gap against rows in the fit: of draws in memory, and of all rows not held out."""
         settings = self._settings
         points = protocol.sample_size_curve(
-            self._split(),
+            self._split(ground),
             method=method,
             num_draws=_NUM_DRAWS,
             seed=settings.seed,
@@ -352,11 +356,13 @@ class _Job:
             )
         return [*points, protocol.curve_point(min(counts), gaps, float(np.mean(floors)))]
 
-    def mixtures(self, method: str, options: Mapping[str, Any], notes: list[str]) -> dict[str, Any] | None:
+    def mixtures(
+        self, ground: Ground, method: str, options: Mapping[str, Any], notes: list[str]
+    ) -> dict[str, Any] | None:
         settings = self._settings
         try:
             return protocol.shifted_mixtures(
-                self._split(),
+                self._split(ground),
                 method=method,
                 num_centroids=settings.num_centroids,
                 seed=settings.seed,
@@ -369,6 +375,7 @@ class _Job:
 
     def transfer(
         self,
+        ground: Ground,
         method: str,
         options: Mapping[str, Any],
         domains: Mapping[str, tuple[Any, Any]],
@@ -376,11 +383,13 @@ class _Job:
         image_column: str | None,
     ) -> dict[str, Any]:
         settings = self._settings
-        splits = {"these sets": protocol.Split(*(rows[:_DOMAIN_ROWS] for rows in self._split()))}
+        splits = {"these sets": protocol.Split(*(few(rows, _DOMAIN_ROWS) for rows in self._split(ground)))}
         for name, (text, image) in domains.items():
             sources = _open(text, image, None, text_column, image_column, settings.num_threads)
+            if sources[0].dim != ground.text.dim:
+                raise ValueError(f"domain {name} has dimension {sources[0].dim}, text and image have {ground.text.dim}")
             job = _Job(sources, settings, self._limit, progress=False)
-            splits[name] = protocol.Split(*(rows[:_DOMAIN_ROWS] for rows in job._split()))
+            splits[name] = protocol.Split(*(job._draw(place, _DOMAIN_ROWS) for place in range(4)))
         return protocol.transfer(
             splits, method=method, k=settings.k, seed=settings.seed, num_threads=settings.num_threads, **options
         )

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from .._spectral import spectrum
 from ..methods import check_count
 from ..moments import Moments
-from ._rows import covariance_of
 from .neighbors import Unit, unit_rows
 
 Matrix = NDArray[np.float64]
@@ -200,12 +199,14 @@ def frechet(source: Any, target: Any, *, num_rows: int = 5000, num_resamples: in
     those of `mmd`.
     """
     sets = _sets(source, target, num_rows, seed)
-    both = np.concatenate(sets).astype(np.float64)
+    both = np.concatenate(sets)
+
+    def moments(counts: NDArray[np.intp]) -> Moments:
+        return Moments(both.shape[1], covariance=True).update(np.repeat(both, counts, axis=0))
 
     def distance(first: Counts, second: Counts) -> Vector:
         pairs = zip(first.T.astype(np.intp), second.T.astype(np.intp), strict=True)
-        drawn = ([np.repeat(both, counts, axis=0) for counts in pair] for pair in pairs)
-        return np.array([_frechet(*_statistics(rows), *_statistics(others)) for rows, others in drawn])
+        return np.array([frechet_of_moments(*map(moments, pair)) for pair in pairs])
 
     return _resampled(distance, (len(sets[0]), len(sets[1])), num_resamples, seed)
 
@@ -217,17 +218,9 @@ def frechet_of_moments(source: Moments, target: Moments) -> float:
     """
     if source.dim != target.dim:
         raise ValueError(f"source has dimension {source.dim}, target has dimension {target.dim}")
-    return _frechet(source.mean, source.covariance, target.mean, target.covariance)
-
-
-def _statistics(rows: Matrix) -> tuple[Vector, Matrix]:
-    return rows.mean(axis=0), covariance_of(rows)
-
-
-def _frechet(mean: Vector, covariance: Matrix, other_mean: Vector, other_covariance: Matrix) -> float:
-    root = spectrum(covariance, "source").power(0.5)
-    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ other_covariance @ root), 0)).sum()
-    square = np.square(mean - other_mean).sum() + np.trace(covariance) + np.trace(other_covariance) - 2 * cross
+    root = spectrum(source.covariance, "source").power(0.5)
+    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ target.covariance @ root), 0)).sum()
+    square = np.square(source.mean - target.mean).sum() + source.trace + target.trace - 2 * cross
     return max(0.0, float(square))
 
 
