@@ -33,7 +33,9 @@ bench: $(INSTALLED)
 	$(BIN)/python bench/kernels.py --json bench/results/kernels.json
 	$(BIN)/python bench/covariance.py --json bench/results/covariance.json
 	$(BIN)/python bench/strength.py --json bench/results/strength.json
+	$(BIN)/python bench/alignments.py --json bench/results/alignments.json
 	$(BIN)/python bench/neighbors.py --json bench/results/neighbors.json
+	$(BIN)/python bench/report.py --json bench/results/report.json
 	$(BIN)/python bench/loaders.py --json bench/results/loaders.json
 	$(BIN)/python bench/ranks.py --json bench/results/ranks.json
 	$(BIN)/python bench/soak.py --json bench/results/soak.json

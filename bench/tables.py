@@ -24,6 +24,9 @@ def number(value: float) -> str:
 
 
 def table(result: dict) -> str:
+    if "columns" in result:
+        lines = [result["columns"], ["---"] * len(result["columns"]), *result["table"]]
+        return "\n".join([machine_line(result["machine"]), "", *(f"| {' | '.join(line)} |" for line in lines)])
     lines = [
         machine_line(result["machine"]),
         "",

@@ -14,6 +14,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from . import data as data
+    from . import geometry as geometry
     from . import nn as nn
     from . import ray as ray
     from .alignment import Alignment, fit, fit_from_moments
@@ -45,7 +46,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("data", "nn", "ray"):  # not among the public names: `from realign_fast import *` does without torch
+    if name in ("data", "geometry", "nn", "ray"):  # not public names: `from realign_fast import *` does without torch
         return import_module(f".{name}", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

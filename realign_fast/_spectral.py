@@ -75,6 +75,11 @@ class Spectrum:
         held = np.cumsum(self.values[::-1]) / self.values.sum()
         return int(np.searchsorted(held, energy - 1e-12)) + 1
 
+    def shrunken(self, weight: float) -> Spectrum:
+        """Return that of `(1 - weight) Sigma + weight tr(Sigma) / dim I`."""
+        values = (1 - weight) * self.values + weight * self.values.mean()
+        return Spectrum(self.name, values, self.vectors, weight)
+
     def check_rank(self, needed: int) -> None:
         """Raise ValueError unless so many directions carry variance."""
         if self.rank < needed:
@@ -87,8 +92,7 @@ class Spectrum:
 def spectrum(matrix: Matrix, name: str, shrinkage: float = 0.0) -> Spectrum:
     """Return the eigenvalues and directions of `(1 - shrinkage) matrix + shrinkage tr(matrix) / dim I`."""
     values, vectors = np.linalg.eigh(matrix)
-    values = (1 - shrinkage) * np.maximum(values, 0) + shrinkage * float(np.trace(matrix)) / len(matrix)
-    return Spectrum(name, values, vectors, shrinkage)
+    return Spectrum(name, np.maximum(values, 0), vectors, 0.0).shrunken(shrinkage)
 
 
 def shrinkage_of(moments: Moments, shrinkage: Shrinkage) -> float:

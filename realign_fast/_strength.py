@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._nearest import neighbours, overlap
-from ._spectral import Spectrum, spectrum, transport_matrix
+from ._spectral import spectrum, transport_matrix
 from .moments import Moments
 
 Matrix = NDArray[np.float64]
@@ -79,7 +79,7 @@ def choose(source: NDArray[Any], target: NDArray[Any], shrinkages: tuple[float, 
     for name, rows in (("source", source), ("target", target)):
         if len(rows) < LEAST_ROWS:
             raise ValueError(f"strength='auto' needs at least {LEAST_ROWS} rows a side, {name} has {len(rows)}")
-    ours, theirs = _Side(source), _Side(target)
+    ours, theirs = _Side(source, "text"), _Side(target, "image")
     difference, error = _difference(ours, theirs)
     candidates = _candidates(ours, theirs, shrinkages)
     nearest = min(candidates, key=lambda each: each["distance"])
@@ -95,14 +95,16 @@ def choose(source: NDArray[Any], target: NDArray[Any], shrinkages: tuple[float, 
 
 
 class _Side:
-    """Rows of one set in folds, and the moments of each fold and of all others."""
+    """Rows of one set in folds, the moments of each fold and of all others, and the spectra of these."""
 
-    def __init__(self, rows: NDArray[Any]) -> None:
+    def __init__(self, rows: NDArray[Any], name: str) -> None:
         self.dim = rows.shape[1]
         self.folds = [rows[fold::NUM_FOLDS] for fold in range(NUM_FOLDS)]
         self.moments = [Moments(self.dim, covariance=True).update(fold) for fold in self.folds]
         self.whole = sum(self.moments, Moments(self.dim, covariance=True))
         self.others = [self.whole - moments for moments in self.moments]
+        self.spectra = [spectrum(moments.covariance, name) for moments in self.moments]
+        self.other_spectra = [spectrum(moments.covariance, name) for moments in self.others]
 
 
 def _difference(source: _Side, target: _Side) -> tuple[float, float]:
@@ -120,16 +122,12 @@ def _difference(source: _Side, target: _Side) -> tuple[float, float]:
     return float(np.mean(products)) / square, float(np.std(products)) / np.sqrt(len(products)) / square
 
 
-def _spectra(source: Moments, target: Moments, shrinkage: float) -> tuple[Spectrum, Spectrum]:
-    return spectrum(source.covariance, "text", shrinkage), spectrum(target.covariance, "image", shrinkage)
-
-
 def _reliability(source: _Side, target: _Side, shrinkage: float) -> float:
     """Return the correlation of departures from a scale, stepped up from one fold to all (Spearman and Brown)."""
     covariance = source.whole.covariance
     departures = []
-    for ours, theirs in zip(source.moments, target.moments, strict=True):
-        matrix = transport_matrix(*_spectra(ours, theirs, shrinkage))
+    for ours, theirs in zip(source.spectra, target.spectra, strict=True):
+        matrix = transport_matrix(ours.shrunken(shrinkage), theirs.shrunken(shrinkage))
         scale = float((matrix * covariance).sum() / np.trace(covariance))
         departures.append(matrix - scale * np.eye(source.dim))
     weighted = [each @ covariance for each in departures]
@@ -154,7 +152,8 @@ def _candidates(source: _Side, target: _Side, shrinkages: tuple[float, ...]) -> 
         centred = np.concatenate([held_out, fitted.astype(np.float32)]) - mean
         scale = np.float32(np.sqrt(theirs.trace / ours.trace))
         for i, shrinkage in enumerate(shrinkages):
-            moved = centred @ transport_matrix(*_spectra(ours, theirs, shrinkage)).astype(np.float32).T
+            shrunken = (side.other_spectra[fold].shrunken(shrinkage) for side in (source, target))
+            moved = centred @ transport_matrix(*shrunken).astype(np.float32).T
             for j, strength in enumerate(STRENGTHS):
                 rows = _unit((1 - np.float32(strength)) * scale * centred + np.float32(strength) * moved + target_mean)
                 correction = target_mean - rows[len(held_out) :].mean(axis=0)

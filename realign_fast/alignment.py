@@ -493,8 +493,12 @@ def fit_sources(
     num_threads: int | None = None,
     encoder: str | None = None,
     ranks: Ranks = ALONE,
+    held_out: bool = True,
 ) -> Alignment:
-    """Fit to sources that `reader` reads; parameters and errors as `fit`. In the first process, before the others."""
+    """Fit to sources that `reader` reads; parameters and errors as `fit`. In the first process, before the others.
+
+    `held_out` fits to nine tenths of the sample too, for the report.
+    """
     solver = get_method(method, dict(options))
     _check_dims(text_source, image_source)
     target, image_sample = reader.moments_and_sample(image_source, solver.covariances)
@@ -509,7 +513,8 @@ def fit_sources(
     report = _report(method, options, source, target, solution)
     if solution.selection:
         report["selection"] = solution.selection
-    report |= _sample_report(solver, dict(options) | solution.chosen, text_part, image_part, num_threads)
+    if held_out:
+        report |= _sample_report(solver, dict(options) | solution.chosen, text_part, image_part, num_threads)
     prints = {"text": text_source.fingerprint(), "image": image_source.fingerprint()}
     fingerprints = {name: value for name, value in prints.items() if value is not None}
     return _alignment(method, solution, source, target, report, fingerprints, encoder)

@@ -5,6 +5,7 @@ import pytest
 
 import realign_fast as rf
 from realign_fast.geometry.metrics import centroid_gap, cosine_to_pair, knn_mixing, knn_overlap, recall_at
+from realign_fast.geometry.neighbors import mixing
 
 PAIRED = "mindgap_clip_coco500"
 SETS = (PAIRED, "mindgap_convirt500", "mindgap_videoclip", "mindgap_clasp")
@@ -77,6 +78,22 @@ def test_held_out(shared_data, name):
             out = fit(name, text[fitted], image[fitted], options).transform(out)
         found.append(metrics(text[held_out], out, image[held_out])[1:])
     assert (np.abs(np.mean(found, axis=0) - wanted) <= 3 * np.std(found, axis=0, ddof=1) + 5e-3).all()
+
+
+def test_mixing_falls_with_the_number_of_rows(shared_data):
+    text, image = load(shared_data, PAIRED)
+    found = {}
+    for method in ("realign", "c3"):
+        for count in (125, 500):
+            chosen = np.random.default_rng(0).permutation(len(text))[:count]
+            alignment = rf.fit(text[chosen], image[chosen], method=method)
+            out = alignment.transform(text[chosen], index=np.arange(count))
+            found[method, count] = mixing(out, image[chosen], k=20)
+    for method in ("realign", "c3"):
+        assert found[method, 500].value < 0.7 * found[method, 125].value
+    # The noise of C3 carries text in among the images; around the images there is little of it.
+    assert found["c3", 500].text > 0.8 > 0.2 > found["c3", 500].image
+    assert found["realign", 500].text < 1.5 * found["realign", 500].image
 
 
 @pytest.mark.parametrize("name", SETS)

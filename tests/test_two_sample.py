@@ -132,6 +132,15 @@ def test_constant_sets(test):
     assert apart.p_value < 0.05
 
 
+def test_mostly_equal_rows_are_told_apart():
+    row, other = make(1), make(1, 1)
+    sets = np.repeat(row, 20, axis=0), np.concatenate([np.repeat(row, 16, axis=0), np.repeat(other, 4, axis=0)])
+    assert mmd(*sets).value > 0.01
+    # A cloud so narrow that float32 products of its rows are all the same.
+    narrow = row + 1e-4 * make(30, 2), row + 1e-4 * make(30, 3, 1.5)
+    assert mmd(*narrow, num_resamples=19).p_value == 0.05
+
+
 @pytest.mark.parametrize("test", TESTS)
 def test_bad_input_is_refused(test):
     rows = make(10)

@@ -306,7 +306,8 @@ class _Job:
 
     def fit(self, method: str, seed: int, options: Mapping[str, Any] | None = None) -> Alignment:
         text, image = self._parts(seed)[:2]
-        return fit_sources(text, image, self._reader, method, options or {}, self._settings.num_threads)
+        threads = self._settings.num_threads
+        return fit_sources(text, image, self._reader, method, options or {}, threads, held_out=False)
 
     def in_sample(self, alignment: Alignment, seed: int) -> float:
         text, image = self._parts(seed)[:2]
