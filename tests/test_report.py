@@ -135,6 +135,8 @@ def test_sets_that_cannot_be_measured(sets):
         compare(text, image, rf.fit(text[:, :5], image[:, :5]), **SMALL)
     with pytest.raises(TypeError, match="text can be read only once"):
         compare(iter([text]), image, **SMALL)
+    with pytest.raises(ValueError, match="image: all rows are equal"):
+        compare(text, np.tile(image[:1], (300, 1)), **SMALL)
     few = compare(text, image, **SMALL | {"num_centroids": 301})
     assert few["before"]["occupancy"] is None
     assert "num_centroids must be between 1 and 200" in few["before"]["notes"][0]
@@ -144,6 +146,21 @@ def test_batches_of_unknown_number_and_another_scale(sets):
     text, image = sets
     wanted = compare(text, image, **SMALL)
     assert compare([text[:100], text[100:]], 1000 * image, **SMALL)["before"]["mixing"] == wanted["before"]["mixing"]
+
+
+def test_a_set_a_thousand_times_larger_than_the_other(sets, tmp_path):
+    found = report(make(90_000, 0), sets[1][:90], tmp_path / "out", **SMALL)
+    assert found["measured_on"]["sample"] == 45
+    assert found["verdict"][0]["title"] == "Aligned"
+
+
+def test_names_are_escaped(sets, tmp_path):
+    path = tmp_path / "<b onload=alert(1)>.npy"
+    np.save(path, sets[0])
+    report(path, sets[1], tmp_path / "out", **SMALL)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<b onload" not in page
+    assert "&lt;b onload=alert(1)&gt;.npy" in page
 
 
 def test_the_splits_of_the_protocol():

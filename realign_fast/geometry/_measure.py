@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from .._reader import Reader
 from ..alignment import Alignment
 from ..io.sources import Source
-from ..methods import Parameters
+from ..methods import Parameters, check_sets
 from ..moments import Moments, OnBadRows
 from . import centroids, frame, neighbors, spectra, two_sample
 from ._sources import Drawn, Mapped, draw, few, numbers_of
@@ -150,6 +150,7 @@ class Ground:
                 f"got {self.num_rows}"
             )
         self.source, self.target = self._moments(text), self._moments(image)
+        check_sets(self.source, self.target)
 
     def _draw(self, source: Source, numbers: NDArray[np.int64]) -> Drawn:
         return draw(source, numbers, self.settings.num_threads)

@@ -368,7 +368,7 @@ def _mean(shares: NDArray[np.float64]) -> tuple[float, tuple[float, float]]:
     """Return the mean of the shares that there are, and its interval."""
     shares = shares[~np.isnan(shares)]
     mean = float(shares.mean())
-    margin = _STANDARD_ERRORS * float(shares.std()) / np.sqrt(len(shares))
+    margin = float(_STANDARD_ERRORS * shares.std() / np.sqrt(len(shares)))
     return mean, (max(0.0, mean - margin), min(1.0, mean + margin))
 
 

@@ -94,7 +94,7 @@ def compare(
     Raises
     ------
     ValueError
-        If the dimensions differ or there are too few rows.
+        If the dimensions differ, there are too few rows, or all rows of a set are equal.
     BadRowsError
         A ValueError naming file and row, under "raise".
     ImportError
