@@ -127,7 +127,7 @@ def test_bad_rows(sets, files):
 
 def test_sets_that_cannot_be_measured(sets):
     text, image = sets
-    with pytest.raises(ValueError, match="more than 10 rows a side to measure neighbours on, got 10"):
+    with pytest.raises(ValueError, match="more than 11 rows a side to measure neighbours on, got 10"):
         compare(text[:10], image, **SMALL)
     with pytest.raises(ValueError, match="text has dimension 16, image has dimension 5"):
         compare(text, image[:, :5], **SMALL)

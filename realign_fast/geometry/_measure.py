@@ -144,11 +144,10 @@ class Ground:
             least = min(len(ours.numbers), len(theirs.numbers))
             self.drawn_text, self.drawn_image = _only(ours, ours.numbers[:least]), _only(theirs, theirs.numbers[:least])
         self.num_rows = len(self.drawn_text.numbers)
-        if self.num_rows <= max(settings.k, settings.overlap_k):
-            raise ValueError(
-                f"expected more than {max(settings.k, settings.overlap_k)} rows a side to measure neighbours on, "
-                f"got {self.num_rows}"
-            )
+        # As many neighbours as any metric asks for; of recalls, one more than they count.
+        self._k = max(settings.k, settings.overlap_k, max(_RECALLS) + 1)
+        if self.num_rows <= self._k:
+            raise ValueError(f"expected more than {self._k} rows a side to measure neighbours on, got {self.num_rows}")
         self.source, self.target = self._moments(text), self._moments(image)
         check_sets(self.source, self.target)
 
@@ -166,7 +165,17 @@ class Ground:
     @cached_property
     def neighbours(self) -> neighbors.Neighbours:
         """Of the text rows among themselves, before any map."""
-        return neighbors.nearest(self.drawn_text.rows, k=self.settings.overlap_k, num_threads=self.settings.num_threads)
+        return self._nearest(self.drawn_text.rows)
+
+    @cached_property
+    def image_neighbours(self) -> neighbors.Neighbours:
+        """Of the image rows among themselves."""
+        return self._nearest(self.drawn_image.rows)
+
+    def _nearest(
+        self, queries: NDArray[np.float32], candidates: NDArray[np.float32] | None = None
+    ) -> neighbors.Neighbours:
+        return neighbors.nearest(queries, candidates, self._k, num_threads=self.settings.num_threads)
 
     @cached_property
     def target_values(self) -> NDArray[np.float64]:
@@ -201,12 +210,12 @@ class Ground:
                 target, images = self._moments(image), self._draw(image, self.drawn_image.numbers).rows
         source = self.source if alignment is None else self._moments(text)
         rows = self.drawn_text.rows if alignment is None else self._draw(text, self.drawn_text.numbers).rows
-        threads, seed = settings.num_threads, settings.seed
+        seed = settings.seed
         values = spectra.eigenvalues(source)
         target_values = self.target_values if target is self.target else spectra.eigenvalues(target)
-        found = self.neighbours
-        if alignment is not None:
-            found = neighbors.nearest(rows, k=settings.overlap_k, num_threads=threads)
+        found = self.neighbours if alignment is None else self._nearest(rows)
+        others = self.image_neighbours if target is self.target else self._nearest(images)
+        across = self._nearest(rows, images), self._nearest(images, rows)
         entry: dict[str, Any] = {
             "name": name,
             "options": dict(options),
@@ -216,8 +225,10 @@ class Ground:
             | {"js": spectra.angular_js(few(rows, _COSINE_ROWS), few(images, _COSINE_ROWS))},
             "scatter": self._scatter(rows),
             "drift": self._drift(alignment),
-            "mixing": neighbors.mixing(rows, images, settings.k, seed=seed, num_threads=threads)._asdict(),
-            "overlap": neighbors.overlap_of(self.neighbours, found)._asdict(),
+            "mixing": neighbors.mixing_of(found, *across, others, settings.k, seed=seed)._asdict(),
+            "overlap": neighbors.overlap_of(
+                *(each.first(settings.overlap_k) for each in (self.neighbours, found))
+            )._asdict(),
             "recall": None,
             "cosine_to_pair": None,
             "residual": None,
@@ -236,7 +247,7 @@ class Ground:
             },
         }
         if settings.paired:
-            entry |= self._paired(rows, images)
+            entry |= self._paired(rows, images, across)
         return entry | {"notes": notes}
 
     def frame(self) -> dict[str, Any]:
@@ -290,12 +301,15 @@ class Ground:
             "agreement": found.agreement_after,
         }
 
-    def _paired(self, rows: NDArray[np.float32], images: NDArray[np.float32]) -> dict[str, Any]:
-        ks = [k for k in _RECALLS if k <= self.num_rows]
-        found = neighbors.recalls_both_ways(rows, images, ks)
+    def _paired(
+        self,
+        rows: NDArray[np.float32],
+        images: NDArray[np.float32],
+        across: tuple[neighbors.Neighbours, neighbors.Neighbours],
+    ) -> dict[str, Any]:
         recall = {
-            name: {str(k): value for k, value in recalls.items()}
-            for name, recalls in zip(("text_to_image", "image_to_text"), found, strict=True)
+            name: {str(k): value for k, value in neighbors.recalls_of(found, _RECALLS).items()}
+            for name, found in zip(("text_to_image", "image_to_text"), across, strict=True)
         }
         residual = frame.decompose(rows, images, frame.frame_of(rows, images))
         return {

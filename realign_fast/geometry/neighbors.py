@@ -68,14 +68,18 @@ class Neighbours(NamedTuple):
     indices : ndarray
         `(n, k)` int64, -1 where there is none: an approximate search may find fewer than `k`.
     similarities : ndarray
-        `(n, k)` float32 cosines, -inf where there is none.
+        `(n, k)` float64 cosines, -inf where there is none.
     recall : float
         The share of the true neighbours that are found: 1 for an exact search, else measured on at most 1,000 queries.
     """
 
     indices: Indices
-    similarities: NDArray[np.float32]
+    similarities: NDArray[np.float64]
     recall: float
+
+    def first(self, k: int) -> Neighbours:
+        """Return the `k` nearest of them."""
+        return Neighbours(self.indices[:, :k], self.similarities[:, :k], self.recall)
 
 
 class Mixing(NamedTuple):
@@ -194,6 +198,39 @@ def mixing(source: Any, target: Any, k: int = 20, *, seed: int = 0, **options: U
         See `nearest`, for what is raised too.
     """
     labels, found = _both(source, target, k, **options)
+    return _mixing(labels, found, k, seed)
+
+
+def mixing_of(
+    source: Neighbours, to_target: Neighbours, to_source: Neighbours, target: Neighbours, k: int, *, seed: int = 0
+) -> Mixing:
+    """Return `mixing` from neighbours that have been found, at least `k` of each row in either set.
+
+    Parameters
+    ----------
+    source, target
+        Of the rows of a set among themselves.
+    to_target, to_source
+        Of the source rows among the target rows, and the other way round.
+    """
+    num_rows = len(source.indices)
+    keys = np.concatenate([_joined(source, to_target, k), _joined(to_source, target, k)])
+    recall = min(each.recall for each in (source, to_target, to_source, target))
+    return _mixing(np.arange(2 * num_rows) >= num_rows, _decoded(keys, 2 * num_rows, recall), k, seed)
+
+
+def _joined(of_source: Neighbours, of_target: Neighbours, k: int) -> Indices:
+    """Return the keys of the nearest among both sets, the rows of the target being counted on."""
+    num_rows = len(of_source.indices)
+    parts = []
+    for found, offset in ((of_source, 0), (of_target, num_rows)):
+        there = found.indices >= 0
+        keys = _keys(np.where(there, found.similarities, 0), found.indices + offset, 2 * num_rows)
+        parts.append(np.where(there, keys, _NONE))
+    return _largest(np.concatenate(parts, axis=1), k)
+
+
+def _mixing(labels: NDArray[np.bool_], found: Neighbours, k: int, seed: int) -> Mixing:
     rng = np.random.default_rng(seed)
     dealt = [rng.permutation(labels) for _ in range(_PERMUTATIONS)]
     by_chance = np.mean([_entropies(each, found.indices) for each in dealt], axis=0)
@@ -246,18 +283,6 @@ def recalls(queries: Any, candidates: Any, ks: Sequence[int] = (1, 5, 10)) -> di
     ValueError
         If one of `ks` is not between 1 and the number of candidates, the shapes differ, or a row is zero or not finite.
     """
-    return _recalls(queries, candidates, ks, both_ways=False)[0]
-
-
-def recalls_both_ways(
-    queries: Any, candidates: Any, ks: Sequence[int] = (1, 5, 10)
-) -> tuple[dict[int, float], dict[int, float]]:
-    """Return `recalls` of the queries among the candidates, and of the candidates among the queries."""
-    forth, back = _recalls(queries, candidates, ks, both_ways=True)
-    return forth, back
-
-
-def _recalls(queries: Any, candidates: Any, ks: Sequence[int], *, both_ways: bool) -> list[dict[int, float]]:
     names = "queries", "candidates"
     rows, others = map(_unit, _pairs(queries, candidates, names), names)
     for k in ks:
@@ -265,23 +290,24 @@ def _recalls(queries: Any, candidates: Any, ks: Sequence[int], *, both_ways: boo
     right = _products(rows, others, np.arange(len(rows))[:, None])
     error = _float32_error(rows.shape[1])
     least, most = (right - error).astype(np.float32), (right + error).astype(np.float32)
-    # How many candidates are surely more similar than the right one, and how many may be, for each row either way.
-    ahead, may_be = np.zeros((2, 1 + both_ways, len(rows)), np.int64)
+    ahead, may_be = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
     for part, products in in_parts(rows, others):
-        ahead[0, part] = np.count_nonzero(products > most[part], axis=1)
-        may_be[0, part] = np.count_nonzero(products >= least[part], axis=1) - 1  # itself
-        if both_ways:
-            ahead[1] += np.count_nonzero(products > most[:, 0], axis=0)
-            may_be[1] += np.count_nonzero(products >= least[:, 0], axis=0)
-    may_be[1:] -= 1
-    found = []
-    for way, (asked, among) in enumerate(((rows, others), (others, rows))[: 1 + both_ways]):
-        unsure = np.flatnonzero((may_be[way] > ahead[way]) & (ahead[way] < max(ks, default=0)))
-        for start, exact in _in_float64(asked[unsure], among):
-            which = unsure[start : start + len(exact)]
-            ahead[way, which] = np.count_nonzero(exact > right[which] - _STEP, axis=1) - 1
-        found.append({k: float((ahead[way] < k).mean()) for k in ks})
-    return found
+        ahead[part] = np.count_nonzero(products > most[part], axis=1)
+        may_be[part] = np.count_nonzero(products >= least[part], axis=1) - 1  # itself
+    unsure = np.flatnonzero((may_be > ahead) & (ahead < max(ks, default=0)))
+    for start, exact in _in_float64(rows[unsure], others):
+        which = unsure[start : start + len(exact)]
+        ahead[which] = np.count_nonzero(exact > right[which] - _STEP, axis=1) - 1
+    return {k: float((ahead < k).mean()) for k in ks}
+
+
+def recalls_of(found: Neighbours, ks: Sequence[int] = (1, 5, 10)) -> dict[int, float]:
+    """Return `recalls` from neighbours of each query among the candidates: more than `max(ks)`, or all there are."""
+    right = found.indices == np.arange(len(found.indices))[:, None]
+    as_similar = (found.similarities >= found.similarities.max(axis=1, where=right, initial=-np.inf)[:, None]).sum(
+        axis=1
+    )
+    return {k: float((right.any(axis=1) & (as_similar <= k)).mean()) for k in ks}
 
 
 def unit_rows(x: Any, name: str, num_threads: int | None = None, *, dim: int | None = None) -> Unit:
@@ -568,7 +594,7 @@ def _largest(keys: Indices, k: int) -> Indices:
 def _decoded(keys: Indices, num_candidates: int, recall: float = 1.0) -> Neighbours:
     there = keys != _NONE
     indices = np.where(there, _indices(keys, num_candidates), -1)
-    similarities = np.where(there, _similarities(keys, num_candidates), -np.inf).astype(np.float32)
+    similarities = np.where(there, _similarities(keys, num_candidates), -np.inf)
     return Neighbours(indices, similarities, recall)
 
 
