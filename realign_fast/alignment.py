@@ -500,7 +500,7 @@ def fit_sources(
     `held_out` fits to nine tenths of the sample too, for the report.
     """
     solver = get_method(method, dict(options))
-    _check_dims(text_source, image_source)
+    check_dims(text_source, image_source)
     target, image_sample = reader.moments_and_sample(image_source, solver.covariances)
     source, text_sample = reader.moments_and_sample(text_source, solver.covariances)
     if isinstance(reader, RanksReader) and not ranks.first:
@@ -562,7 +562,7 @@ def fit_from_moments(
             raise ValueError(f"method {method!r} reads the text rows again: pass text= beside the moments")
         source = open_source(text, name="text", key=key, column=text_column, side="source", num_threads=num_threads)
         _check_readable(source, solver, method)
-        _check_dims(source, image_moments)
+        check_dims(source, image_moments)
         reader = reader_for(backend, (source,), on_bad_rows, num_threads, progress=progress)
         moments_of = partial(reader.transformed_moments, source)
         if options.get("refine"):
@@ -842,7 +842,8 @@ def _check_readable(source: Source, solver: Method, method: str) -> None:
         )
 
 
-def _check_dims(text: Source, image: Source | Moments) -> None:
+def check_dims(text: Source, image: Source | Moments) -> None:
+    """Raise ValueError where the dimensions differ."""
     if text.dim != image.dim:
         raise ValueError(f"text has dimension {text.dim}, image has dimension {image.dim}")
 

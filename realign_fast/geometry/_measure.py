@@ -99,6 +99,17 @@ def spectrum_entry(values: NDArray[np.float64]) -> dict[str, Any]:
     }
 
 
+def _cosines(rows: NDArray[np.float32]) -> dict[str, list[float]]:
+    edges, density = spectra.cosine_density(few(rows, _COSINE_ROWS))
+    return {"edges": edges.tolist(), "density": density.tolist()}
+
+
+def _angular_js(cosines: dict[str, list[float]], others: dict[str, list[float]]) -> float:
+    """Return `spectra.angular_js` of rows from their densities."""
+    widths = np.diff(cosines["edges"])
+    return spectra.jensen_shannon(*(widths * each["density"] for each in (cosines, others)))
+
+
 def _compared(
     source: Moments,
     target: Moments,
@@ -178,6 +189,11 @@ class Ground:
         return neighbors.nearest(queries, candidates, self._k, num_threads=self.settings.num_threads)
 
     @cached_property
+    def image_cosines(self) -> dict[str, list[float]]:
+        """Density of the cosines between image rows."""
+        return _cosines(self.drawn_image.rows)
+
+    @cached_property
     def target_values(self) -> NDArray[np.float64]:
         """Eigenvalues of the images' covariance."""
         return spectra.eigenvalues(self.target)
@@ -186,7 +202,7 @@ class Ground:
         """Return what is to be shown of the images."""
         return {
             "spectrum": spectrum_entry(self.target_values),
-            "cosines": self._cosines(self.drawn_image.rows),
+            "cosines": self.image_cosines,
             "scatter": self._scatter(self.drawn_image.rows),
         }
 
@@ -216,13 +232,14 @@ class Ground:
         found = self.neighbours if alignment is None else self._nearest(rows)
         others = self.image_neighbours if target is self.target else self._nearest(images)
         across = self._nearest(rows, images), self._nearest(images, rows)
+        cosines = _cosines(rows)
+        image_cosines = self.image_cosines if target is self.target else _cosines(images)
         entry: dict[str, Any] = {
             "name": name,
             "options": dict(options),
             "gap": gap_of(source, target, fitted),
             "spectrum": spectrum_entry(values),
-            "cosines": self._cosines(rows)
-            | {"js": spectra.angular_js(few(rows, _COSINE_ROWS), few(images, _COSINE_ROWS))},
+            "cosines": cosines | {"js": _angular_js(cosines, image_cosines)},
             "scatter": self._scatter(rows),
             "drift": self._drift(alignment),
             "mixing": neighbors.mixing_of(found, *across, others, settings.k, seed=seed)._asdict(),
@@ -260,10 +277,6 @@ class Ground:
     def mapped(self, parameters: Parameters) -> Source:
         """Return what a map makes of the text rows."""
         return Mapped(self.text, parameters, self.settings.seed, self.settings.num_threads)
-
-    def _cosines(self, rows: NDArray[np.float32]) -> dict[str, Any]:
-        edges, density = spectra.cosine_density(few(rows, _COSINE_ROWS))
-        return {"edges": edges.tolist(), "density": density.tolist()}
 
     def _scatter(self, rows: NDArray[np.float32]) -> list[list[float]]:
         points: list[list[float]] = frame.project(few(rows, _NUM_POINTS), self.plane).round(5).tolist()

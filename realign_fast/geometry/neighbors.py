@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack
@@ -324,15 +324,24 @@ def unit_rows(x: Any, name: str, num_threads: int | None = None, *, dim: int | N
 
 
 @contextmanager
-def faiss_threads(faiss: Any, num_threads: int | None) -> Iterator[None]:
-    """Let FAISS use so many threads, if it is told how many."""
-    before = faiss.omp_get_max_threads()
+def _limited(get: Callable[[], int], limit: Callable[[int], Any], num_threads: int | None) -> Iterator[None]:
+    """Let a library use so many threads, if it is told how many."""
+    before = get()
     if num_threads is not None:
-        faiss.omp_set_num_threads(num_threads)
+        limit(num_threads)
     try:
         yield
     finally:
-        faiss.omp_set_num_threads(before)
+        limit(before)
+
+
+def faiss_threads(faiss: Any, num_threads: int | None) -> AbstractContextManager[None]:
+    """Let FAISS use so many threads, if it is told how many."""
+    return _limited(faiss.omp_get_max_threads, faiss.omp_set_num_threads, num_threads)
+
+
+def _torch_threads(torch: Any, num_threads: int | None) -> AbstractContextManager[None]:
+    return _limited(torch.get_num_threads, torch.set_num_threads, num_threads)
 
 
 def _rows(x: Any, name: str, dim: int | None = None) -> Rows:
@@ -596,14 +605,3 @@ def _decoded(keys: Indices, num_candidates: int, recall: float = 1.0) -> Neighbo
     indices = np.where(there, _indices(keys, num_candidates), -1)
     similarities = np.where(there, _similarities(keys, num_candidates), -np.inf)
     return Neighbours(indices, similarities, recall)
-
-
-@contextmanager
-def _torch_threads(torch: Any, num_threads: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -71,13 +71,22 @@ def held_out_gap(
     alignment: Alignment, held_text: ArrayLike, held_image: ArrayLike, *, num_threads: int | None = None
 ) -> float:
     """Return `||mean(out) - mu_x||` over rows `(n, dim)` and `(m, dim)`."""
-    text = alignment.transform(np.asarray(held_text), dtype="float32", num_threads=num_threads)
-    image = alignment.transform(np.asarray(held_image), dtype="float32", side="target", num_threads=num_threads)
-    return float(np.linalg.norm(_mean(text) - _mean(image)))
+    return _gap(*_mapped(alignment, np.asarray(held_text), np.asarray(held_image), num_threads))
 
 
-def _mean(rows: NDArray[Any]) -> NDArray[np.float64]:
-    return Moments(rows.shape[1]).update(rows).mean
+def _mapped(
+    alignment: Alignment, text: NDArray[Any], image: NDArray[Any], num_threads: int | None
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return what becomes of rows of both sides."""
+    return (
+        alignment.transform(text, dtype="float32", num_threads=num_threads),
+        alignment.transform(image, dtype="float32", side="target", num_threads=num_threads),
+    )
+
+
+def _gap(text: NDArray[np.float32], image: NDArray[np.float32]) -> float:
+    means = [Moments(rows.shape[1]).update(rows).mean for rows in (text, image)]
+    return float(np.linalg.norm(means[0] - means[1]))
 
 
 def sizes_up_to(num_rows: int) -> list[int]:
@@ -145,7 +154,6 @@ def transfer(
     *,
     method: str = "realign",
     k: int = 20,
-    seed: int = 0,
     num_threads: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -167,21 +175,15 @@ def transfer(
     gap, mixing = [], []
     for rows in domains.values():
         alignment = fit(rows.text, rows.image, method=method, num_threads=num_threads, **options)
-        gap.append(
-            [
-                held_out_gap(alignment, each.held_text, each.held_image, num_threads=num_threads)
-                for each in domains.values()
-            ]
-        )
-        mixing.append([_mixing(alignment, each, k, seed, num_threads) for each in domains.values()])
+        pairs = [_mapped(alignment, each.held_text, each.held_image, num_threads) for each in domains.values()]
+        gap.append([_gap(*pair) for pair in pairs])
+        mixing.append([_mixing(*pair, k, num_threads) for pair in pairs])
     return {"method": method, "names": list(domains), "gap": gap, "mixing": mixing}
 
 
-def _mixing(alignment: Alignment, rows: Split, k: int, seed: int, num_threads: int | None) -> float:
-    least = min(len(rows.held_text), len(rows.held_image))
-    text = alignment.transform(rows.held_text[:least], dtype="float32", num_threads=num_threads)
-    image = alignment.transform(rows.held_image[:least], dtype="float32", side="target", num_threads=num_threads)
-    return neighbors.knn_mixing(text, image, k)
+def _mixing(text: NDArray[np.float32], image: NDArray[np.float32], k: int, num_threads: int | None) -> float:
+    least = min(len(text), len(image))
+    return neighbors.knn_mixing(text[:least], image[:least], k, num_threads=num_threads)
 
 
 def shifted_mixtures(
@@ -213,15 +215,14 @@ def shifted_mixtures(
         alignment = fit(
             rows.text[~leaves | (draws >= shift)], rows.image, method=method, num_threads=num_threads, **options
         )
-        text = alignment.transform(rows.held_text, dtype="float32", num_threads=num_threads)
-        image = alignment.transform(rows.held_image, dtype="float32", side="target", num_threads=num_threads)
+        text, image = _mapped(alignment, rows.held_text, rows.held_image, num_threads)
         found = centroids.occupancy(
             image, rows.held_text, text, num_centroids=num_centroids, seed=seed, num_threads=num_threads
         )
         points.append(
             {
                 "shift": shift,
-                "gap": float(np.linalg.norm(_mean(text) - _mean(image))),
+                "gap": _gap(text, image),
                 "coverage": found.coverage_after,
                 "js": found.js_after,
             }

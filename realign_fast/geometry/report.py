@@ -22,7 +22,7 @@ from .. import _files
 from .._extras import import_extra
 from .._reader import Reader
 from .._version import __version__
-from ..alignment import Alignment, fit_sources
+from ..alignment import Alignment, check_dims, fit_sources
 from ..io.sources import Source, open_source
 from ..methods import anchor_trace, get_method
 from ..moments import Moments, OnBadRows, check_on_bad_rows
@@ -391,9 +391,7 @@ class _Job:
                 raise ValueError(f"domain {name} has dimension {sources[0].dim}, text and image have {ground.text.dim}")
             job = _Job(sources, settings, self._limit, progress=False)
             splits[name] = protocol.Split(*(job._draw(place, _DOMAIN_ROWS) for place in range(4)))
-        return protocol.transfer(
-            splits, method=method, k=settings.k, seed=settings.seed, num_threads=settings.num_threads, **options
-        )
+        return protocol.transfer(splits, method=method, k=settings.k, num_threads=settings.num_threads, **options)
 
 
 def _open(
@@ -410,8 +408,7 @@ def _open(
         if source.num_rows is None:
             source.num_rows = sum(len(batch.rows.values) for batch in source.batches())
         opened.append(source)
-    if opened[0].dim != opened[1].dim:
-        raise ValueError(f"text has dimension {opened[0].dim}, image has dimension {opened[1].dim}")
+    check_dims(opened[0], opened[1])
     return opened[0], opened[1]
 
 
@@ -454,9 +451,7 @@ def _fitted_on(alignment: Alignment, sources: tuple[Source, Source], ground: Gro
         return prints == known or None
     if ground is None:
         return None
-    reader = Reader(ground.settings.on_bad_rows, ground.settings.num_threads)
-    for statistics, source in ((alignment.source, ground.text), (alignment.target, ground.image)):
-        moments = reader.moments(source)
+    for statistics, moments in ((alignment.source, ground.source), (alignment.target, ground.target)):
         if moments.count != statistics.count or not np.array_equal(moments.mean, statistics.mean):
             return None
     return True
