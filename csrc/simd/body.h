@@ -80,11 +80,9 @@ inline void sums_of(const Vector (&x)[kRowsPerBlock], double (&sums)[kRowsPerBlo
 // k - 1.
 template <int K>
 using Lanes = F[K + 1][kRowsPerBlock];
-template <int K>
-using InnerProducts = double[K + 1][kRowsPerBlock];
 
 template <int K>
-inline void sum_lanes(Lanes<K>& lanes, int count, InnerProducts<K>& products) {
+inline void sum_lanes(Lanes<K>& lanes, int count, double (*products)[kRowsPerBlock]) {
   for (int k = 0; k <= K; ++k) {
     for (int r = count; r < kRowsPerBlock; ++r) lanes[k][r] = zero();
     sums_of(lanes[k], products[k]);
@@ -375,11 +373,11 @@ inline void moments_to(const To& to, const RowRange& rows, int64_t* sums, uint64
       else
         dots<0>(x, nullptr, rows.dim, squares, k, &ahead);
     }
-    InnerProducts<1> found;
+    double found[2][kRowsPerBlock];
     if (keys)
       sum_lanes<1>(products, count, found);
     else
-      sum_lanes<0>(squares, count, reinterpret_cast<InnerProducts<0>&>(found));
+      sum_lanes<0>(squares, count, found);
     double inverse[kRowsPerBlock];
     inverse_roots(found[0], inverse);
     Block<T> block;
@@ -464,7 +462,7 @@ inline Factors factors_of(const RowRange& rows, int64_t first, int count, const 
       ++k;
     }
   }
-  InnerProducts<2> products;
+  double products[3][kRowsPerBlock];
   sum_lanes<2>(lanes, count, products);
   Factors factors;
   double inverse[kRowsPerBlock], inverse1[kRowsPerBlock], inverse2[kRowsPerBlock];
