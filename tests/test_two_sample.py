@@ -96,6 +96,15 @@ def test_linear_mmd_estimates_the_same():
     assert equal.interval[0] < 0 < equal.interval[1]
 
 
+def test_linear_mmd_is_without_bias():
+    x, y = project(make(20)), project(make(20, 1, 0.6))
+    wanted = plain_mmd(x, y, median_gamma(np.concatenate([x, y])))
+    values = [linear_mmd(x, y, seed=seed).value for seed in range(800)]
+    margin = 4 * np.std(values) / np.sqrt(800)
+    assert np.mean(values) == pytest.approx(wanted, abs=margin)
+    assert margin < 0.2 * wanted
+
+
 @pytest.mark.parametrize("test", TESTS)
 def test_equal_distributions_pass_and_others_do_not(test):
     options = SMALL[test] if test is linear_mmd else {"num_resamples": 19, **SMALL[test]}
