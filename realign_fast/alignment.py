@@ -28,6 +28,7 @@ from ._sample import Sample
 from ._steps import Affine, Noise, frozen
 from ._transform import Steps, transform_by, transform_rows
 from .backends import check_has_kernels, choose, find_device
+from .io._manifest import encoder_in
 from .io.sources import Batch, Done, Source, file_paths, open_source
 from .methods import Method, Parameters, Solution, check_sets, get_method, unit_length
 from .moments import Moments, OnBadRows, Precision, check_on_bad_rows
@@ -384,7 +385,8 @@ def fit(
     limit
         Read at most so many rows of each side.
     encoder
-        Which encoder made the embeddings; kept in the file.
+        Which encoder made the embeddings; kept in the file. By default the one that `realign_fast.encode` has named in
+        the folders of the embeddings, if it made them.
     progress
         Show progress on stderr.
     ranks
@@ -416,7 +418,8 @@ def fit(
     Raises
     ------
     ValueError
-        If the dimensions differ, a set has fewer than 2 usable rows or equal rows only, or an option is unknown.
+        If the dimensions differ, a set has fewer than 2 usable rows or equal rows only, an option is unknown, or
+        different encoders made the embeddings.
     TypeError
         If a set can be read only once and the method needs more.
     BadRowsError
@@ -432,6 +435,7 @@ def fit(
     )
     _check_readable(text_source, solver, method)
     sources = {"image": image_source, "text": text_source}
+    encoder = encoder or _encoder_of(text_source, image_source)
     job = {
         "command": "fit",
         "method": method,
@@ -462,6 +466,19 @@ def fit(
             alignment.save(output)
             checkpoint.remove()
     return ranks.broadcast(alignment)
+
+
+def _encoder_of(*sources: Source) -> str | None:
+    """Return which encoder made the embeddings, where their folders say it."""
+    found: dict[str, str] = {}
+    for source in sources:
+        for folder in sorted(source.folders()):
+            name = encoder_in(folder)
+            if name is not None:
+                found.setdefault(name, f"{source.name} {folder} of {name!r}")
+    if len(found) > 1:
+        raise ValueError(f"expected embeddings of one encoder, got {', '.join(found.values())}")
+    return next(iter(found), None)
 
 
 def _checkpoint_for(

@@ -360,6 +360,34 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"command": "export", "output": str(arguments.output), "to": arguments.to, "bytes": size}
 
 
+def _embed(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .encode import ImageEncoder, TextEncoder, embed_images, embed_texts
+
+    encoder_options = {
+        "device": arguments.device,
+        "trust_remote_code": arguments.trust_remote_code,
+        "batch_size": arguments.batch_size,
+    }
+    options = {
+        "dtype": arguments.dtype,
+        "shard_rows": arguments.shard_rows,
+        "on_bad_rows": arguments.on_bad_rows,
+        "resume": arguments.resume,
+        "overwrite": arguments.overwrite,
+        "progress": True,
+    }
+    if arguments.texts is not None:
+        columns = {"id_column": arguments.id_column, "text_column": arguments.text_column}
+        text_encoder = TextEncoder(arguments.model, **encoder_options)
+        summary = embed_texts(text_encoder, arguments.texts, arguments.output, **columns, **options)
+    else:
+        image_encoder = ImageEncoder(arguments.model, **encoder_options)
+        summary = embed_images(image_encoder, arguments.images, arguments.output, **options)
+    for line in summary["left_out"]:
+        _say(f"realign embed: left out {line}")
+    return {"command": "embed", "output": str(arguments.output), **summary}
+
+
 def _demo(arguments: argparse.Namespace) -> dict[str, Any]:
     from .demo.run import run
 
@@ -534,6 +562,29 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--to", required=True, choices=("faiss", "onnx"))
     export.add_argument("-o", "--output", required=True, metavar="FILE")
     export.add_argument("--side", choices=("source", "target"), default="source", help="the map of text, or of images")
+
+    embed = command("embed", _embed, "embed texts or images by a dual encoder, such as CLIP or SigLIP, into shards")
+    embed.add_argument("--model", required=True, metavar="NAME", help="of a model of transformers, or its directory")
+    items = embed.add_mutually_exclusive_group(required=True)
+    items.add_argument("--texts", metavar="FILE", help=".txt (one a line), .jsonl, .json, .csv or .parquet")
+    items.add_argument("--images", metavar="DIR", help="with images in it and below it")
+    embed.add_argument("-o", "--output", required=True, metavar="DIR")
+    embed.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="at once (default: 64)")
+    embed.add_argument("--dtype", choices=("float16", "float32"), default="float32", help="of the rows written")
+    embed.add_argument("--shard-rows", type=_positive, default=10_000, metavar="N", help="default: 10000")
+    embed.add_argument("--device", choices=tuple(_BACKENDS), default="cpu", help="where to compute; cuda: also ROCm")
+    embed.add_argument("--trust-remote-code", action="store_true", help="run code from the model's repository")
+    embed.add_argument(
+        "--text-column", metavar="NAME", help="default: caption, or the first answer in conversations, or text"
+    )
+    embed.add_argument(
+        "--on-bad-rows",
+        choices=("raise", "skip"),
+        default="raise",
+        help="empty texts, broken images, embeddings that are zero or not finite",
+    )
+    _add_id_column(embed)
+    _add_existing(embed)
 
     demo = command("demo", _demo, "the whole job on embeddings it makes itself, in about two minutes")
     demo.add_argument("-o", "--output", default="realign-demo", metavar="DIR", help="default: realign-demo")

@@ -4,7 +4,8 @@ Manifest, format version 1: `format`, `package` (the version that wrote it), `jo
 and fingerprint of each, in order) and `files`, one entry an output in the same order: `name`, `input`, `rows`, `dim`,
 `dtype`, `column`, `size`, `xxh64`, `bad_rows`, `sidecar` (name, size and xxh64 of a second file, or null), and `ids`,
 of the input's ids in their order (their column in the output, or its sidecar, and hashes, see `_id_order`; null where
-it has none, absent where an older version wrote it).
+it has none, absent where an older version wrote it). Of embeddings made here, `job` names the `encoder`, an input is a
+range of texts or images, `bad_rows` counts those that were left out, and `left_out` says which and why.
 
 The journal holds one JSON object a line: first the manifest's head without `files` and with `former` (the files of an
 overwritten job; what is not replaced goes when this one ends), then one entry for each finished file. It becomes the
@@ -117,6 +118,13 @@ def load(folder: Path) -> Manifest | None:
                     manifest.files |= other.files
         return manifest
     return None
+
+
+def encoder_in(folder: Path) -> str | None:
+    """Return which encoder made the embeddings in `folder`, None where no manifest says it; raises as `load`."""
+    manifest = load(folder)
+    name = manifest and manifest.head["job"].get("encoder")
+    return name if isinstance(name, str) else None
 
 
 def journal_parts(folder: Path) -> list[Path]:

@@ -149,6 +149,10 @@ class Source(ABC):
         """Return how many of its rows are done."""
         return 0
 
+    def folders(self) -> set[Path]:
+        """Return the folders in which its local files lie."""
+        return set()
+
     def __repr__(self) -> str:
         rows = "?" if self.num_rows is None else self.num_rows
         return f"{type(self).__name__}({self.name!r}, {rows} x {self.dim} {self.dtype})"
@@ -412,6 +416,9 @@ class _FileSource(Source):
     def num_rows_of(self, done: Done) -> int:
         return sum(done.rows.get(number, 0) for number in self._shards)
 
+    def folders(self) -> set[Path]:
+        return {path.parent for path in self._paths if isinstance(path, Path)}
+
     def inputs(self) -> list[tuple[str, str]] | None:
         if self._inputs is None:
             self._inputs = [(path.name, fingerprint(path)) for path in self._paths]
@@ -501,13 +508,14 @@ def _shards_among(candidates: Sequence[AnyPath], where: object) -> list[AnyPath]
         raise ValueError(
             f"{where} holds no file of a known suffix ({', '.join(FORMATS)}), for instance {files[0].name}"
         )
-    return sorted(known, key=_natural)
+    return sorted(known, key=natural_order)
 
 
 def _is_sidecar(path: AnyPath, stems: set[tuple[str, str]]) -> bool:
     return path.stem.endswith(SIDECAR) and (str(path.parent), path.stem.removesuffix(SIDECAR)) in stems
 
 
-def _natural(path: AnyPath) -> tuple[list[tuple[int, int | str]], str]:
+def natural_order(path: AnyPath) -> tuple[list[tuple[int, int | str]], str]:
+    """Return a key by which `a_2` comes before `a_10`."""
     parts = re.split(r"([0-9]+)", str(path))
     return [(0, int(part)) if i % 2 else (1, part) for i, part in enumerate(parts)], str(path)

@@ -9,7 +9,7 @@ import shutil
 import stat
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
@@ -164,15 +164,20 @@ def rewrite(
         raise
     finally:
         journal.close()
+    notes = sorted(set[str]().union(*(notes for _, notes in of_all)))
+    return {**summary_of(journal, len(finished), began), "notes": notes}
+
+
+def summary_of(journal: Journal, num_finished_before: int, began: float) -> dict[str, Any]:
+    """Return what a job that began at `began` (of `time.monotonic`) has done; so many files were finished before."""
     entries = journal.entries.values()
     return {
         "files": len(entries),
-        "skipped_files": len(finished),
+        "skipped_files": num_finished_before,
         "rows": sum(entry["rows"] for entry in entries),
         "bytes": sum(output["size"] for entry in entries for output in _manifest.outputs_of(entry)),
         "bad_rows": sum(entry["bad_rows"] for entry in entries),
         "seconds": round(time.monotonic() - began, 3),
-        "notes": sorted(set[str]().union(*(notes for _, notes in of_all))),
     }
 
 
@@ -263,14 +268,34 @@ def _plan(paths: list[AnyPath], folder: Path, wanted: str) -> list[_Target]:
 
 
 def _begin(targets: list[_Target], folder: Path, job: dict[str, Any], resume: bool, overwrite: bool) -> Journal:
-    """Make the folder ready for a job, or for what is left of it."""
     inputs = [{"name": target.source.name, "fingerprint": fingerprint(target.source)} for target in targets]
-    head = _manifest.new_head(job, inputs)
+
+    def num_bytes(finished: Collection[str]) -> int:
+        left = [target for target in targets if target.source.name not in finished]
+        return _num_bytes(left, job["column"], job["dtype"])
+
+    names = {name for target in targets for name in target.names}
+    return begin(folder, _manifest.new_head(job, inputs), names, num_bytes, resume=resume, overwrite=overwrite)
+
+
+def begin(
+    folder: Path,
+    head: dict[str, Any],
+    names: set[str],
+    num_bytes: Callable[[Collection[str]], int],
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> Journal:
+    """Make the folder ready for a job, or for what is left of it.
+
+    `names` are those of its files; `num_bytes`, told the names of the inputs that are finished, says about how many
+    bytes those of the others need.
+    """
     finished, former = _take_over(folder, head, resume=resume, overwrite=overwrite)
-    left = [target for target in targets if target.source.name not in finished]
-    _check_space(folder, left, job["column"], job["dtype"])
+    _check_space(folder, num_bytes(finished))
     folder.mkdir(parents=True, exist_ok=True)
-    _manifest.remove_temporaries(folder, {name for target in targets for name in target.names})
+    _manifest.remove_temporaries(folder, names)
     return Journal(folder, Start(head, finished, former))
 
 
@@ -316,10 +341,10 @@ def _has_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
-def _check_space(folder: Path, targets: list[_Target], column: str | None, dtype: str | None) -> None:
-    """Raise OSError where the outputs, estimated from the inputs, do not fit on the disk."""
+def _num_bytes(targets: list[_Target], column: str | None, dtype: str | None) -> int:
+    """Return about how many bytes more than now are taken at most while the outputs are written."""
     if not targets:
-        return
+        return 0
     shard = open_shard(targets[0].source, column)
     old = storage(shard.dtype or "float32").itemsize
     new = (
@@ -330,9 +355,18 @@ def _check_space(folder: Path, targets: list[_Target], column: str | None, dtype
         else old
     )
     sizes = [size_of(target.source) * new // old for target in targets]
-    replaced = sum(target.path.stat().st_size for target in targets if target.path.is_file())
-    needed = sum(sizes) if not replaced else max(0, sum(sizes) - replaced) + max(sizes)
-    needed += max((target.source.size for target in targets if isinstance(target.source, RemotePath)), default=0)
+    copies = [target.source.size for target in targets if isinstance(target.source, RemotePath)]
+    return more_bytes(sizes, [target.path for target in targets]) + max(copies, default=0)
+
+
+def more_bytes(sizes: list[int], paths: list[Path]) -> int:
+    """Return how many bytes more than now are taken at most while files of these sizes are put at `paths` in turn."""
+    replaced = sum(path.stat().st_size for path in paths if path.is_file())
+    return max(0, sum(sizes) - replaced) + max(sizes) if replaced else sum(sizes)
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    """Raise OSError where so many bytes do not fit on the disk."""
     place = folder.absolute()
     while not place.exists():
         place = place.parent
