@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+from ._extras import import_extra
 from ._stop import EXIT_CODE, Stopped, ignore, stoppable
 from ._version import __version__
 
@@ -31,7 +32,10 @@ Handler = Callable[[argparse.Namespace], dict[str, Any] | None]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not arguments.takes_more:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest
     with ExitStack() as stack:
         stack.enter_context(stoppable())
         if arguments.log_file is None:
@@ -395,6 +399,26 @@ def _demo(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"command": "demo", "output": str(arguments.output), **summary}
 
 
+def _stage(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    import_extra("transformers", f"realign {arguments.command}", extra="train")
+    from .revision.training import run_stage
+
+    summary = run_stage(arguments.command, arguments.rest)
+    return None if summary is None else {"command": arguments.command, **summary}
+
+
+def _generate(arguments: argparse.Namespace) -> dict[str, Any]:
+    import_extra("transformers", "realign generate", extra="train")
+    from .revision.generation import generate
+
+    _check_output_file(arguments.output)
+    names = ["embeddings", "images", "encoder", "index", "alignment", "prompt", "chat_template", "batch_size"]
+    names += ["device", "dtype", "trust_remote_code", "max_new_tokens", "num_beams"]
+    options = {name: getattr(arguments, name) for name in names}
+    summary = generate(arguments.model, arguments.output, progress=True, **options)
+    return {"command": "generate", "output": str(arguments.output), **summary}
+
+
 def _say_where_it_begins(arguments: argparse.Namespace, first: bool) -> None:
     from ._checkpoint import path_beside
 
@@ -442,9 +466,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"realign-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, handler: Handler, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text)
-        added.set_defaults(handler=handler)
+    def command(name: str, handler: Handler, text: str, *, takes_more: bool = False) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name, help=text, description=text, add_help=not takes_more, allow_abbrev=not takes_more
+        )
+        added.set_defaults(handler=handler, takes_more=takes_more)
         added.add_argument(
             "--log-file", metavar="FILE", help="append messages, progress and the summary there too, as lines of JSON"
         )
@@ -585,6 +611,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_id_column(embed)
     _add_existing(embed)
+
+    # Their flags, and what --help says, are those of transformers' TrainingArguments and ours: known once it is loaded.
+    command("pretrain", _stage, "stage 1: train a projector on aligned text, before a frozen model", takes_more=True)
+    command("finetune", _stage, "stage 2: train projector and language model on real images", takes_more=True)
+
+    generate = command("generate", _generate, "what a trained model says of images, as lines of JSON")
+    generate.add_argument("--model", required=True, metavar="DIR", help="that a stage has written")
+    images = generate.add_mutually_exclusive_group(required=True)
+    images.add_argument("--embeddings", metavar="PATH", help="of images: file, directory, glob or URL")
+    images.add_argument("--images", metavar="DIR", help="images, for --encoder")
+    generate.add_argument("--encoder", metavar="MODEL", help="the dual encoder the projector was trained on")
+    generate.add_argument("-o", "--output", required=True, metavar="FILE", help="gets a line for each image: id, text")
+    generate.add_argument("--index", metavar="FILE", help="holds, or will hold, the ids of the embeddings")
+    generate.add_argument("--alignment", metavar="FILE", help="default: the one beside the model, if any")
+    generate.add_argument("--prompt", default="", help="asked after the image")
+    generate.add_argument("--chat-template", metavar="FILE", help="or plain; default: the tokenizer's own")
+    generate.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default: 64")
+    generate.add_argument("--num-beams", type=_positive, default=1, metavar="N", help="default: 1")
+    generate.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="default: 16")
+    generate.add_argument("--device", default="cpu", help="default: cpu")
+    generate.add_argument("--dtype", default="auto", help="of the model; default: as it is stored")
+    generate.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the encoder")
 
     demo = command("demo", _demo, "the whole job on embeddings it makes itself, in about two minutes")
     demo.add_argument("-o", "--output", default="realign-demo", metavar="DIR", help="default: realign-demo")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,9 +85,10 @@ class RandomRows:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict(), "_checked": set()}
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # Bound above: where the process ends, this module may have lost its names.
         for fd in getattr(self, "_open", {}).values():
-            os.close(fd)
+            close(fd)
 
     @property
     def stamp(self) -> list[list[Any]]:
