@@ -218,9 +218,17 @@ class EmbeddingDataset(Dataset[Sample]):
 
     def numbers_of(self, ids: list[Any]) -> NDArray[np.int64]:
         """Return the numbers `(n,)` of the rows with these ids; KeyError for one that no row has."""
+        return self._index.find(ids)
+
+    def locate(self, ids: list[Any]) -> NDArray[np.int64]:
+        """Return the numbers `(n,)` of the rows with these ids, -1 for those that no row has."""
+        return self._index.locate(ids)
+
+    @property
+    def _index(self) -> Ids:
         if self._source.ids is None:
             raise ValueError("rows can be had by id with an index alone: pass index=, the file that is to hold it")
-        return self._source.ids.find(ids)
+        return self._source.ids
 
     def __getitem__(self, item: int | str) -> Sample:
         """Return a row by number, from the end where it is negative, or by id where that is text."""

@@ -69,6 +69,13 @@ class Ids:
     def __reduce__(self) -> tuple[type[Ids], tuple[Path]]:
         return Ids, (self.path,)
 
+    def locate(self, ids: Sequence[Any]) -> NDArray[np.int64]:
+        """Return the rows of these ids, -1 where there is none; among integers, text is looked up by its value."""
+        found = np.empty(len(ids), np.int64)
+        wanted = [_integer_text(each) for each in ids] if self.integers else ids
+        _C.find_ids(wanted, self._hashes, self._rows, self._offsets, self._text, found)
+        return found
+
     def find(self, ids: Sequence[Any]) -> NDArray[np.int64]:
         """Return the rows of these ids.
 
@@ -77,9 +84,7 @@ class Ids:
         KeyError
             If there is no such id.
         """
-        found = np.empty(len(ids), np.int64)
-        wanted = [str(int(each)) for each in ids] if self.integers else ids
-        _C.find_ids(wanted, self._hashes, self._rows, self._offsets, self._text, found)
+        found = self.locate(ids)
         if len(found) and found.min() < 0:
             raise KeyError(f"no id {ids[int(found.argmin())]!r} among the {len(self)} of {self.path}")
         return found
@@ -90,6 +95,13 @@ class Ids:
         text = self._text
         found = [bytes(text[begin:end]).decode() for begin, end in zip(begins, ends, strict=True)]
         return np.array([int(each) for each in found], np.int64) if self.integers else np.array(found, object)
+
+
+def _integer_text(value: Any) -> str:
+    try:
+        return str(int(value))
+    except ValueError:
+        return ""  # which no integer is written as
 
 
 def open_ids(path: Path, rows: RandomRows, id_column: str, id_paths: list[AnyPath] | None) -> Ids:

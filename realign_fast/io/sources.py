@@ -492,6 +492,20 @@ def file_paths(data: Any, side: Literal["source", "target"] | None = None) -> li
     raise FileNotFoundError(f"{text} does not exist")
 
 
+def local_files(paths: Any) -> list[Path]:
+    """Return the local files, of any suffix, that a path, a glob or a list of such stands for, globs in natural order.
+
+    FileNotFoundError if a path is missing or a glob matches nothing.
+    """
+    if isinstance(paths, list | tuple):
+        return [path for item in paths for path in local_files(item)]
+    path = Path(paths)
+    found = [path] if path.exists() else _files_among(map(Path, glob.iglob(str(path), recursive=True)))
+    if not found:
+        raise FileNotFoundError(f"{path} does not exist or matches no files")
+    return sorted(found, key=_natural)
+
+
 def _files_among(paths: Iterable[Path]) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
