@@ -503,7 +503,7 @@ def local_files(paths: Any) -> list[Path]:
     found = [path] if path.exists() else _files_among(map(Path, glob.iglob(str(path), recursive=True)))
     if not found:
         raise FileNotFoundError(f"{path} does not exist or matches no files")
-    return sorted(found, key=_natural)
+    return sorted(found, key=natural_order)
 
 
 def _files_among(paths: Iterable[Path]) -> list[Path]:
