@@ -37,6 +37,7 @@ bench: $(INSTALLED)
 	$(BIN)/python bench/neighbors.py --json bench/results/neighbors.json
 	$(BIN)/python bench/report.py --json bench/results/report.json
 	$(BIN)/python bench/loaders.py --json bench/results/loaders.json
+	$(BIN)/python bench/trainer.py --json bench/results/trainer.json
 	$(BIN)/python bench/ranks.py --json bench/results/ranks.json
 	$(BIN)/python bench/soak.py --json bench/results/soak.json
 	$(BIN)/python bench/commands.py --json bench/results/commands.json
