@@ -103,6 +103,7 @@ def test_rows_by_id(tmp_path, folder, id_files, whole):
     np.testing.assert_array_equal(data.numbers_of(names), np.arange(TOTAL))
     with pytest.raises(KeyError, match="no id 'nobody' among the 998"):
         data.numbers_of([names[0], "nobody"])
+    assert data.locate(["nobody", names[3], ""]).tolist() == [-1, 3, -1]
     with pytest.raises(TypeError, match="ids must be text, got 5"):
         data.numbers_of([5])
     made = index.stat().st_mtime_ns

@@ -5,6 +5,7 @@ import os
 import pickle
 import tracemalloc
 import warnings
+from itertools import chain, pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,7 @@ import realign_fast as rf
 from realign_fast.data import DriftWarning, EmbeddingDataset
 from realign_fast.io import _json
 from realign_fast.io._json import JsonObjects
-from realign_fast.revision._chat import Chat, messages_of
+from realign_fast.revision._chat import encode_chat, messages_of
 from realign_fast.revision.data import (
     IMAGE_TOKEN,
     PLAIN_TEMPLATE,
@@ -32,7 +33,7 @@ from realign_fast.revision.data import (
 )
 
 DIM = 8
-WORDS = "a red blue green big small cube ball left of above the what is this there two yes no it".split()
+WORDS = ["a", "red", "blue", "green", "big", "cube", "ball", "left", "above", "the", "what", "is", "this", "two", "yes"]
 SPECIAL = ["<s>", "</s>", "<|head|>", "<|end|>", "<|turn|>", "<|stop|>"]
 ROLES = ["user", "assistant", "system", "USER", "ASSISTANT", ":"]
 
@@ -75,6 +76,7 @@ def make_tokenizer(kind="words", template=CHATML, **tokens):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=base, clean_up_tokenization_spaces=False, **tokens)
     tokenizer.add_tokens(SPECIAL, special_tokens=True)
     tokenizer.chat_template = template
+    add_image_token(tokenizer)
     return tokenizer
 
 
@@ -249,9 +251,9 @@ def bad_records():
     return {
         "no embedding of its id": [record_of(n, f"missing {n}") for n in range(7)],
         "no id": [{"conversations": [human, gpt]}],
-        f"expected one {IMAGE_TOKEN}, got 0": [{"id": "é0", "conversations": [{**human, "value": "hm"}, gpt]}],
-        f"expected one {IMAGE_TOKEN}, got 2": [{"id": "é0", "conversations": [shown, gpt]}],
-        f"{IMAGE_TOKEN} is in an answer": [
+        "got 0 and 0": [{"id": "é0", "conversations": [{**human, "value": "hm"}, gpt]}],
+        "got 2 and 0": [{"id": "é0", "conversations": [shown, gpt]}],
+        "expected one <image> and none in an answer, got 1 and 1": [
             {"id": "é0", "conversations": [{**human, "value": "hm"}, {**gpt, "value": "<image>"}]}
         ],
         "no answer": [{"id": "é0", "conversations": [human]}],
@@ -268,7 +270,7 @@ def bad_records():
 
 def test_bad_records_are_skipped_counted_and_named(tmp_path, store):
     bad = bad_records()
-    path = write(tmp_path / "a.jsonl", [record_of(1), *sum(bad.values(), []), record_of(2)], lines=True)
+    path = write(tmp_path / "a.jsonl", [record_of(1), *chain.from_iterable(bad.values()), record_of(2)], lines=True)
     found = Records(path, embeddings=store, on_bad_records="skip")
     assert [each["id"] for each in found] == ["é1", "é2"]
     assert found.rows.tolist() == [38, 37]
@@ -340,7 +342,7 @@ TOKENIZERS = {kind: make_tokenizer(kind) for kind in ("words", "bytes")}
 def test_what_is_learnt_is_what_the_assistant_says(template, kind, chat):
     tokenizer = TOKENIZERS[kind]
     tokenizer.chat_template = template
-    ids, labels = Chat(tokenizer).encode(chat)
+    ids, labels = encode_chat(tokenizer, chat)
     answers = [message["content"] + ENDS[template] for message in chat if message["role"] == "assistant"]
     found = [text.replace(" <", "<") for text in learnt(tokenizer, ids, labels)]
     if kind == "bytes" and template == VICUNA:  # " yes" is one token, with the space that belongs to no word
@@ -356,7 +358,7 @@ def test_markers_and_prefixes_agree(kind, chat):
     tokenizer, found = TOKENIZERS[kind], []
     for template in (MARKED, CHATML):
         tokenizer.chat_template = template
-        found.append(Chat(tokenizer).encode(chat))
+        found.append(encode_chat(tokenizer, chat))
     assert found[0] == found[1]
 
 
@@ -364,7 +366,7 @@ def test_a_token_that_reaches_into_an_answer_is_learnt():
     template = VICUNA.replace("{% if add_generation_prompt %}ASSISTANT:", "{% if add_generation_prompt %}ASSISTANT: ")
     tokenizer = make_tokenizer("bytes", template)
     chat = messages_of({"caption": "the red ball"})
-    ids, labels = Chat(tokenizer).encode(chat)
+    ids, labels = encode_chat(tokenizer, chat)
     text = "".join(learnt(tokenizer, ids, labels))
     assert text.endswith("the red ball</s>")
     assert any(tokenizer.decode([token]).startswith(" the") for token in ids)
@@ -374,7 +376,7 @@ def test_white_space_is_learnt_where_nothing_else_ends_a_turn():
     lines = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     lines += "{% if add_generation_prompt %}assistant: {% endif %}"
     tokenizer = make_tokenizer("bytes", lines)
-    assert learnt(tokenizer, *Chat(tokenizer).encode(messages_of({"caption": "red"}))) == [" red\n"]
+    assert learnt(tokenizer, *encode_chat(tokenizer, messages_of({"caption": "red"}))) == [" red\n"]
 
 
 def test_records_become_messages():
@@ -403,11 +405,6 @@ def test_templates_that_tell_nothing_are_refused(tmp_path, template, problem):
     found = Records(write(tmp_path / "a.json", [record_of(0)]))
     with pytest.raises(ValueError, match=problem):
         ReVisionDataset(found, make_tokenizer(template=template))
-
-
-def test_slow_tokenizers_are_refused():
-    with pytest.raises(ValueError, match="must be a fast one"):
-        Chat(type("Slow", (), {"is_fast": False})())
 
 
 def test_the_image_token_is_added_once(tmp_path):
@@ -515,8 +512,6 @@ def test_patches_take_a_place_each(records, alignment):
     same = [{**samples[0], "embedding": patches[:1, :1].expand(1, 5, DIM)[0]}]
     noisy = ReVisionCollator(tokenizer, alignment, noise_std=0.1)(same)["embeddings"][0]
     assert len({tuple(row) for row in noisy.tolist()}) == 5  # each patch has noise of its own
-    with pytest.raises(ValueError, match=r"must have one shape, got \[\(5, 8\), \(8,\)\]"):
-        ReVisionCollator(tokenizer)([samples[0], {**samples[1], "embedding": patches[0, 0]}])
 
 
 class Encoder:
@@ -534,11 +529,11 @@ class Encoder:
 def test_text_is_encoded_on_the_fly(tmp_path, alignment):
     tokenizer, encoder = make_tokenizer(), Encoder()
     items = [record_of(0), {**record_of(1), "caption": "a big cube"}, {"caption": "two ball"}]
-    data = ReVisionDataset(Records(write(tmp_path / "a.json", items)), tokenizer, prompt="what is there")
+    data = ReVisionDataset(Records(write(tmp_path / "a.json", items)), tokenizer, prompt="what is this")
     samples = data.__getitems__([2, 0, 1])
     assert [sample["text"] for sample in samples] == ["two ball", "a", "a big cube"]
     assert [sample["id"] for sample in samples] == [2, "é0", "é1"]
-    assert "what is there" in tokenizer.decode(samples[0]["input_ids"])
+    assert "what is this" in tokenizer.decode(samples[0]["input_ids"])
     batch = ReVisionCollator(tokenizer, alignment, encoder=encoder, noise_std=0.1)(samples)
     assert encoder.calls == [["two ball", "a", "a big cube"]]  # as one batch
     assert not batch["embeddings"].requires_grad
@@ -589,9 +584,7 @@ def test_length_counts_visual_tokens(records):
         batch = collate([short, long])
         assert batch["input_ids"].shape == (2, full)
         collate = ReVisionCollator(tokenizer, num_visual_tokens=count, max_length=first + count - 1)
-        with pytest.raises(
-            ValueError, match=r"no label or no image .*=\d+ of the records \['é0', 'é4'\], the whole batch"
-        ):
+        with pytest.raises(ValueError, match=r"no label .*=\d+ of the records \['é0', 'é4'\], the whole batch"):
             collate([short, long])
         collate = ReVisionCollator(tokenizer, num_visual_tokens=count, max_length=at + count - 1)
         with pytest.raises(ValueError, match="no label or no image"):
@@ -631,7 +624,8 @@ def test_the_end_of_text_pads_where_nothing_else_does(records):
     [
         ({"noise_std": 0.1}, "noise_std needs an alignment"),
         ({"noise_std": 0.1, "side": "target", "aligned": True}, "noise_std needs an alignment and side='source'"),
-        ({"packing": True}, "packing needs max_length"),
+        ({"packing": True}, "packing needs it, got None"),
+        ({"max_length": 1}, "max_length must be at least 2"),
         ({"dim": 9, "aligned": True}, "alignment has dimension 8, the model takes embeddings of 9"),
     ],
 )
@@ -670,7 +664,7 @@ def test_packed_rows_are_full_and_in_order(records, alignment):
     found = []
     for ids, labels, positions in zip(*(packed[name] for name in ("input_ids", "labels", "position_ids")), strict=True):
         starts = [*torch.nonzero(positions == 0).flatten().tolist(), width]
-        for begin, end in zip(starts[:-1], starts[1:], strict=True):
+        for begin, end in pairwise(starts):
             assert positions[begin:end].tolist() == list(range(end - begin))
             if image in ids[begin:end]:
                 found.append((ids[begin:end].tolist(), labels[begin:end].tolist()))
@@ -732,6 +726,16 @@ def test_workers_make_the_same_batches(records, alignment, packing):
     assert not torch.equal(seen[0], seen[5])
 
 
+def test_what_workers_get_can_be_pickled(records, alignment):
+    tokenizer = make_tokenizer()
+    data = ReVisionDataset(records, tokenizer)
+    collate = ReVisionCollator(tokenizer, alignment, noise_std=0.1)
+    again, recollate = pickle.loads(pickle.dumps((data, collate)))
+    ours, theirs = collate(data.__getitems__([3, 1])), recollate(again.__getitems__([3, 1]))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
 def test_a_spawned_worker_makes_the_same_batches(records, alignment):
     tokenizer = make_tokenizer()
     data = ReVisionDataset(records, tokenizer)

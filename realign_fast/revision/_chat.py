@@ -44,70 +44,52 @@ def messages_of(record: dict[str, Any], prompt: str = "") -> list[dict[str, str]
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
     if not answers:
         raise ValueError("no answer")
-    if (found := text.count(IMAGE_TOKEN)) != 1:
-        raise ValueError(f"expected one {IMAGE_TOKEN}, got {found}")
-    if any(IMAGE_TOKEN in answer for answer in answers):
-        raise ValueError(f"{IMAGE_TOKEN} is in an answer")
+    found, wrong = text.count(IMAGE_TOKEN), "".join(answers).count(IMAGE_TOKEN)
+    if (found, wrong) != (1, 0):
+        raise ValueError(f"expected one {IMAGE_TOKEN} and none in an answer, got {found} and {wrong}")
     return messages
 
 
-def text_of(record: dict[str, Any]) -> str:
-    """Return the text that stands for the image: the caption, or else the first answer."""
-    caption = record.get("caption")
-    if isinstance(caption, str):
-        return caption
-    return next(message["content"] for message in messages_of(record) if message["role"] == "assistant")
+def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+    """Return the ids of the tokens of messages and their labels, -100 where nothing is to be learnt.
 
+    To be learnt are the answers and the token that ends each. They are what the chat template says between its
+    generation markers, or else what its text adds to that of the turns before; either way places in the whole text,
+    which becomes tokens at once. The tokenizer is a fast one of transformers, with `<image>`.
 
-class Chat:
-    """Makes tokens and labels of messages by the chat template of a tokenizer, a fast one of transformers.
-
-    To be learnt are the answers and the token that ends each. They are what the template says between its generation
-    markers, or else what its text adds to that of the turns before; either way places in the whole text, which becomes
-    tokens at once.
+    jinja2.TemplateError if the template refuses the messages; ValueError if there is none, it does not show `<image>`
+    once, or it does not tell the answers.
     """
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template: set its chat_template, for instance to PLAIN_TEMPLATE")
+    if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
+        found = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        learnt = found["assistant_masks"]
+    else:
+        text = _text(tokenizer, messages)
+        numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        spans = [_span(tokenizer, text, messages, number) for number in numbers]
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        # A token that reaches into an answer belongs to it, as between markers: else its first word could get lost.
+        learnt = [any(a < end and b > begin for begin, end in spans) for a, b in found["offset_mapping"]]
+    ids = found["input_ids"]
+    if (count := ids.count(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))) != 1:
+        raise ValueError(f"the chat template makes {count} {IMAGE_TOKEN} tokens of one placeholder")
+    return ids, [token if chosen else IGNORED for token, chosen in zip(ids, learnt, strict=True)]
 
-    def __init__(self, tokenizer: Any) -> None:
-        if not tokenizer.is_fast:
-            raise ValueError("the tokenizer must be a fast one, which tells where in a text its tokens lie")
-        if not tokenizer.chat_template:
-            raise ValueError(
-                "the tokenizer has no chat template: set its chat_template, for instance to PLAIN_TEMPLATE"
-            )
-        self._tokenizer, self._image_token_id = tokenizer, add_image_token(tokenizer)
-        self._marked = re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()) is not None
 
-    def encode(self, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
-        """Return the ids of the tokens and their labels, -100 where nothing is to be learnt.
+def _text(tokenizer: Any, messages: list[dict[str, str]], *, ask: bool = False) -> str:
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
 
-        jinja2.TemplateError if the template refuses the messages, ValueError if it does not show `<image>` once or does
-        not tell the answers.
-        """
-        if self._marked:
-            found = self._tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-            learnt = found["assistant_masks"]
-        else:
-            text = self._text(messages)
-            spans = [self._span(text, messages, n) for n, each in enumerate(messages) if each["role"] == "assistant"]
-            found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            # A token that reaches into an answer belongs to it, as between markers: else a first word could get lost.
-            learnt = [any(a < end and b > begin for begin, end in spans) for a, b in found["offset_mapping"]]
-        ids = found["input_ids"]
-        if (count := ids.count(self._image_token_id)) != 1:
-            raise ValueError(f"the chat template makes {count} {IMAGE_TOKEN} tokens of one placeholder")
-        return ids, [token if chosen else IGNORED for token, chosen in zip(ids, learnt, strict=True)]
 
-    def _text(self, messages: list[dict[str, str]], *, ask: bool = False) -> str:
-        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
-
-    def _span(self, text: str, messages: list[dict[str, str]], number: int) -> tuple[int, int]:
-        """Return where in the text an answer begins and ends."""
-        before, after = self._text(messages[:number], ask=True), self._text(messages[: number + 1])
-        if not (text.startswith(after) and after.startswith(before)):
-            raise ValueError(f"the chat template changes what it says of earlier turns: {_ADVICE}")
-        answer, said = messages[number]["content"].strip(), after[len(before) :]
-        if not said.lstrip().startswith(answer):
-            raise ValueError(f"the chat template does not tell where the answer {answer[:40]!r} begins: {_ADVICE}")
-        # White space behind a token that ends the turn is not the assistant's; without such a token it is what ends it.
-        ended = said.rstrip()
-        return len(before), len(before) + len(said if ended.endswith(answer) else ended)
+def _span(tokenizer: Any, text: str, messages: list[dict[str, str]], number: int) -> tuple[int, int]:
+    """Return where in the text an answer begins and ends."""
+    before, after = _text(tokenizer, messages[:number], ask=True), _text(tokenizer, messages[: number + 1])
+    if not (text.startswith(after) and after.startswith(before)):
+        raise ValueError(f"the chat template changes what it says of earlier turns: {_ADVICE}")
+    answer, said = messages[number]["content"].strip(), after[len(before) :]
+    if not said.lstrip().startswith(answer):
+        raise ValueError(f"the chat template does not tell where the answer {answer[:40]!r} begins: {_ADVICE}")
+    # White space behind a token that ends the turn is not the assistant's; without such a token it is what ends it.
+    ended = said.rstrip()
+    return len(before), len(before) + len(said if ended.endswith(answer) else ended)
