@@ -67,12 +67,12 @@ def load(path: str | os.PathLike[str], expected: Mapping[str, torch.Tensor]) -> 
             f"{path}: expected the tensors {', '.join(expected) or 'none'} of a projector, got "
             f"{', '.join(keys.values()) or 'none'}"
         )
-    for name, tensor in tensors.items():
-        shape = tuple(expected[name].shape)
-        if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+    for name, like in expected.items():
+        tensor = tensors[name]
+        if tensor.shape != like.shape or not tensor.is_floating_point():
             raise ValueError(
-                f"{path}: tensor {keys[name]!r} must be floating point of shape {shape}, got {tensor.dtype} of shape "
-                f"{tuple(tensor.shape)}"
+                f"{path}: tensor {keys[name]!r} must be floating point of shape {tuple(like.shape)}, got "
+                f"{tensor.dtype} of shape {tuple(tensor.shape)}"
             )
     return tensors
 

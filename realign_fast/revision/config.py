@@ -61,8 +61,14 @@ class ReVisionConfig(PreTrainedConfig):
                 f"num_projected_tokens must divide num_visual_tokens, {num_visual_tokens}, and be 1 for the identity "
                 f"projector, got {num_projected_tokens} for {projector}"
             )
-        super().__init__(**kwargs)  # resets the attention of the language model's config, if that is there already
+        super().__init__(**kwargs)
         self.text_config = AutoConfig.for_model(**text_config) if isinstance(text_config, dict) else text_config
+        for name in (
+            "attn_implementation",
+            "experts_implementation",
+        ):
+            if kwargs.get(name) is not None:
+                setattr(self, f"_{name}", kwargs[name])
         self.embedding_dim = embedding_dim
         self.image_token_id = image_token_id
         self.projector = projector
