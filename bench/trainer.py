@@ -88,7 +88,9 @@ if __name__ == "__main__":
     count, steps, rounds = (512, 4, 2) if options.quick else (50_000, 20, 9)
     torch.manual_seed(0)
     tokenizer = tokenizer_of()
-    config = GPT2Config(vocab_size=VOCABULARY + 1, bos_token_id=None, n_embd=256, n_layer=4, n_head=4, n_positions=64, eos_token_id=0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY + 1, bos_token_id=None, n_embd=256, n_layer=4, n_head=4, n_positions=64, eos_token_id=0
+    )
     token = add_image_token(tokenizer)
     model = ReVisionForCausalLM.from_language_model(GPT2LMHeadModel(config), embedding_dim=DIM, image_token_id=token)
     model.freeze_language_model()

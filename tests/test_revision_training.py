@@ -11,14 +11,25 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 from pyarrow import parquet
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import realign_fast as rf
 from realign_fast.cli import main
+from realign_fast.encode import ImageEncoder, TextEncoder, embed_images, embed_texts
 from realign_fast.revision import ReVisionForCausalLM
+from realign_fast.revision.data import ReVisionDataset
 from realign_fast.revision.training import run_stage
 
 DIM, COUNT = 12, 24
@@ -60,6 +71,8 @@ def world(tmp_path_factory) -> Path:
     rf.fit(folder / "text", folder / "image").save(folder / "a.safetensors")
     return folder
 
+
+keep = ReVisionDataset.set_epoch
 
 COMMON = [
     "--per_device_train_batch_size", 4, "--use_cpu", "--report_to", "none", "--disable_tqdm", "true",
@@ -178,10 +191,24 @@ def test_packed_rows_have_the_losses_of_single_ones(world, first, tmp_path):
     np.testing.assert_allclose(losses_of(out), losses_of(first[0]), rtol=2e-5)
 
 
-def test_noise_is_an_option_of_the_first_stage(world, first, tmp_path):
+def test_noise_is_an_option_of_the_first_stage(world, first, tmp_path, monkeypatch):
+    epochs = []
+    monkeypatch.setattr(ReVisionDataset, "set_epoch", lambda self, epoch: (epochs.append(epoch), keep(self, epoch)))
     out = tmp_path / "out"
-    pretrain(world, out, "--noise_std", 0.1)
+    more = ["--noise_std", 0.1, "--num_train_epochs", 2, "--eval_strategy", "epoch"]
+    pretrain(world, out, *more, "--eval_data", world / "captions.jsonl")
     assert losses_of(out) != losses_of(first[0])
+    assert set(epochs) == {0, 1}
+    undisturbed = losses_of(out, 12)
+    for step in (10, 12):
+        shutil.rmtree(out / f"checkpoint-{step}")
+    pretrain(world, out, *more, "--eval_data", world / "captions.jsonl", "--resume")
+    assert losses_of(out, 12) == undisturbed
+    # Evaluation has no noise: it tells what the projector of the last step makes of the records as they are.
+    state = json.loads((out / "checkpoint-12" / "trainer_state.json").read_text())
+    found = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry][-1]
+    quiet = pretrain(world, tmp_path / "quiet", "--projector", out / "projector.safetensors", "--learning_rate", 0)
+    np.testing.assert_allclose(quiet["loss"], found, rtol=1e-3)
 
 
 def test_stage_two_trains_all_weights_and_keeps_the_alignment(first, second):
@@ -228,6 +255,55 @@ def test_metrics_go_to_tensorboard(world, tmp_path):
     finally:
         del os.environ["TENSORBOARD_LOGGING_DIR"]
     assert list(logs.rglob("events.out.tfevents.*"))
+
+
+@pytest.fixture(scope="module")
+def clip(world) -> Path:
+    """A small CLIP that reads these captions, whose embeddings have the dimension of the others."""
+    folder = world / "clip"
+    tower = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**tower, "vocab_size": 16, "max_position_embeddings": 12, "eos_token_id": 2, "pad_token_id": 0}
+    vision = {**tower, "image_size": 16, "patch_size": 8}
+    torch.manual_seed(1)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=DIM)).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(world / "lm").save_pretrained(folder)
+    return folder
+
+
+def test_captions_are_encoded_on_their_way(world, clip, tmp_path):
+    embed_texts(TextEncoder(clip), world / "captions.jsonl", tmp_path / "text")
+    image = np.random.default_rng(1).normal(size=(50, DIM)).astype(np.float32)
+    np.save(tmp_path / "image.npy", image)
+    rf.fit(tmp_path / "text", tmp_path / "image.npy").save(tmp_path / "a.safetensors")
+    aligned = ["--alignment", tmp_path / "a.safetensors"]
+    pretrain(world, tmp_path / "stored", "--embeddings", tmp_path / "text", *aligned)
+    flags = flags_of(world, tmp_path / "encoded", *aligned, "--encoder", clip)
+    at = flags.index("--embeddings")
+    run_stage("pretrain", [*flags[:at], *flags[at + 2 :]])
+    np.testing.assert_allclose(losses_of(tmp_path / "encoded"), losses_of(tmp_path / "stored"), rtol=1e-5)
+
+    other = rf.fit(tmp_path / "text", tmp_path / "image.npy", encoder="another")
+    other.save(tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="'another'"):
+        run_stage("pretrain", [*flags[:at], *flags[at + 2 :], "--overwrite"])
+
+
+def test_generate_looks_at_images(world, first, clip, tmp_path):
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
+    embed_images(ImageEncoder(clip), tmp_path / "images", tmp_path / "image")
+    flags = ["--model", first[0], "--max-new-tokens", 3, "--prompt", "describe ."]
+    for more in (["--images", tmp_path / "images", "--encoder", clip], ["--embeddings", tmp_path / "image"]):
+        assert main(["generate", *map(str, [*flags, *more, "-o", tmp_path / f"{more[0][2:]}.jsonl"])]) == 0
+    said = [
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("images", "embeddings")
+    ]
+    assert [line["id"] for line in said[0]] == ["0", "1", "2"]
+    assert [line["text"] for line in said[0]] == [line["text"] for line in said[1]]
 
 
 def test_generate_says_something_of_each_image(world, first, tmp_path):

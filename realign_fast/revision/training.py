@@ -7,12 +7,20 @@ then visual instruction tuning on real images.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    HfArgumentParser,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
@@ -107,6 +115,14 @@ class ReVisionTrainer(Trainer):
     them passes for a whole model.
     """
 
+    def get_eval_dataloader(self, *arguments: Any, **options: Any) -> Any:
+        """Return it as transformers does, without the noise of training."""
+        noisy, self.data_collator = self.data_collator, replace(self.data_collator, noise_std=0.0)
+        try:
+            return super().get_eval_dataloader(*arguments, **options)
+        finally:
+            self.data_collator = noisy
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         model = self.accelerator.unwrap_model(self.model)
@@ -134,6 +150,13 @@ class ReVisionTrainer(Trainer):
             return False
         self.accelerator.unwrap_model(self.model).load_projector(path)
         return True
+
+
+class _Epochs(TrainerCallback):
+    """Tells the records which epoch it is; Accelerate's loaders do so on one process only."""
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kwargs["train_dataloader"].dataset.set_epoch(int(state.epoch or 0))
 
 
 def _projector_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -313,7 +336,7 @@ def _run(
             paths,
             embeddings=inputs.embeddings,
             id_key=arguments.id_key,
-            on_bad_records=arguments.on_bad_records,  # type: ignore[arg-type]  # checked there
+            on_bad_records=arguments.on_bad_records,
         )
         return ReVisionDataset(records, tokenizer, prompt=arguments.prompt)
 
@@ -338,6 +361,7 @@ def _run(
             dim=config.embedding_dim,
             **stage,
         ),
+        callbacks=[_Epochs()],
     )
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if trainer.is_fsdp_enabled:
