@@ -294,10 +294,10 @@ class TestBadInput:
             ({"projector": "identity"}, "embedding_dim must be the hidden size 16, got 12"),
             ({"projector": "identity", "num_projected_tokens": 2, "num_visual_tokens": 2}, "be 1 for the identity"),
             ({"num_visual_tokens": 3, "num_projected_tokens": 2}, "must divide num_visual_tokens, 3, .* got 2 for mlp"),
-            ({"num_visual_tokens": 0}, "at least 1.* num_visual_tokens 0 "),
-            ({"embedding_dim": 0}, "at least 1.* embedding_dim 0"),
-            ({"projector_dim": -1}, "at least 1.* projector_dim -1"),
-            ({"image_token_id": -200}, "image_token_id -200"),
+            ({"num_visual_tokens": 0}, "num_visual_tokens must be at least 1, got 0"),
+            ({"embedding_dim": 0}, "embedding_dim must be at least 1, got 0"),
+            ({"projector_dim": 0}, "projector_dim must be at least 1, got 0"),
+            ({"num_projected_tokens": -1}, "num_projected_tokens must be at least 1, got -1"),
         ],
     )
     def test_configuration(self, options, message):
@@ -546,7 +546,7 @@ class TestProjectorFiles:
         refusals = {
             rf"p{suffix}: tensor 'model.mm_projector.2.weight' must be floating point of shape \(16, 16\), "
             r"got torch.float32 of shape \(48, 16\)": make(num_projected_tokens=3, num_visual_tokens=3),
-            rf"p{suffix}: expected the tensors 0.weight, 0.bias, 2.weight, 2.bias of a projector, got "
+            rf"p{suffix}: expected tensors 0.weight, 0.bias, 2.weight, 2.bias of a projector, got "
             "model.mm_projector.*": make(projector="linear"),
         }
         for message, other in refusals.items():
@@ -609,15 +609,15 @@ class TestProjectorFiles:
         torch.save(contents, path, _use_new_zipfile_serialization=not legacy)
         for data in (path.read_bytes(), pickle.dumps(contents, protocol=2)):
             path.write_bytes(data)
-            with pytest.raises(ValueError, match=r"mm_projector.bin is damaged, or holds more than tensors") as caught:
+            with pytest.raises(ValueError, match=r"mm_projector.bin is damaged, or holds more than named") as caught:
                 make().load_projector(path)
             assert "\n" not in str(caught.value)
             assert not marker.exists()
 
-    @pytest.mark.parametrize("contents", [[1, 2], {"a": 3}, torch.zeros(2)])
+    @pytest.mark.parametrize("contents", [[1, 2], torch.zeros(2), {3: 4}, {"projector.0.weight": 3}])
     def test_other_contents_are_refused(self, tmp_path, contents):
         torch.save(contents, tmp_path / "p.bin")
-        with pytest.raises(ValueError, match="must hold a dict of tensors"):
+        with pytest.raises(ValueError, match=r"p.bin is damaged, or holds more|p.bin: expected .* got none"):
             make().load_projector(tmp_path / "p.bin")
 
     @pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")

@@ -1,6 +1,6 @@
-"""ReVision: a language model that learns from aligned text embeddings to read embeddings of images.
+"""ReVision (arXiv 2602.07026): a language model learns from aligned text embeddings to read those of images.
 
-Source: ReVision (arXiv 2602.07026). Importing this tells transformers' Auto classes of the model.
+Importing this tells transformers' Auto classes of the model.
 """
 
 try:

@@ -1,4 +1,4 @@
-"""Files of a projector: our own, LLaVA's and Bunny's `mm_projector.bin`, and those with transformers' LLaVA's names.
+"""Files of a projector: our own, `mm_projector.bin` of LLaVA and Bunny, and those with names of transformers' LLaVA.
 
 All are the same layers under other names. Here these are those of an `nn.Sequential`: `0.weight`, `0.bias`, `2.weight`.
 """
@@ -6,21 +6,19 @@ All are the same layers under other names. Here these are those of an `nn.Sequen
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.utils.import_utils import check_torch_load_is_safe
 
 from .._files import replacing
 
 Style = Literal["realign", "llava", "transformers"]
-
 _NAMES: Mapping[tuple[Style, int], tuple[str, ...]] = {
     ("realign", 2): ("projector.0", "projector.2"),
     ("realign", 1): ("projector.0",),
@@ -31,16 +29,13 @@ _NAMES: Mapping[tuple[Style, int], tuple[str, ...]] = {
 # Whatever wraps a model puts its own names in front.
 _TENSOR = re.compile(r"(?:.*\.)?(?:projector|mm_projector|multi_modal_projector)\.(?:(\w+)\.)?(weight|bias)")
 _LAYERS = {None: "0", "linear_1": "0", "linear_2": "2"}
-# What torch raises for files that are cut off, altered, or want to run something.
-_REFUSALS = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError)
 
 
 def save(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], style: Style) -> None:
     """Write a projector's tensors, whole or not at all."""
-    names = _NAMES.get((style, len(tensors) // 2))
+    is_pickle, names = _is_pickle(path), _NAMES.get((style, len(tensors) // 2))
     if names is None:
         raise ValueError(f"{path}: style {style!r} has no projector of {len(tensors) // 2} Linear layers")
-    is_pickle = _is_pickle(path)
     named = {
         f"{names[int(name[0]) // 2]}{name[1:]}": tensor.detach().clone(memory_format=torch.contiguous_format).cpu()
         for name, tensor in tensors.items()
@@ -55,45 +50,42 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], styl
 
 def load(path: str | os.PathLike[str], expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Read a projector with tensors of these names and shapes, from a file that may hold other tensors too."""
-    tensors: dict[str, torch.Tensor] = {}
-    keys: dict[str, str] = {}
+    found: dict[str, tuple[str, torch.Tensor]] = {}
     for key, layer, kind, tensor in _read(path):
         name = f"{_LAYERS.get(layer, layer)}.{kind}"
-        if name in keys:
-            raise ValueError(f"{path} holds two projectors: {keys[name]!r} and {key!r}")
-        tensors[name], keys[name] = tensor, key
-    if tensors.keys() != expected.keys():
-        raise ValueError(
-            f"{path}: expected the tensors {', '.join(expected) or 'none'} of a projector, got "
-            f"{', '.join(keys.values()) or 'none'}"
-        )
+        if name in found:
+            raise ValueError(f"{path} holds two projectors: {found[name][0]!r} and {key!r}")
+        found[name] = key, tensor
+    if found.keys() != expected.keys():
+        names = ", ".join(key for key, _ in found.values()) or "none"
+        raise ValueError(f"{path}: expected tensors {', '.join(expected) or 'none'} of a projector, got {names}")
     for name, like in expected.items():
-        tensor = tensors[name]
+        key, tensor = found[name]
         if tensor.shape != like.shape or not tensor.is_floating_point():
             raise ValueError(
-                f"{path}: tensor {keys[name]!r} must be floating point of shape {tuple(like.shape)}, got "
-                f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+                f"{path}: tensor {key!r} must be floating point of shape {tuple(like.shape)}, got {tensor.dtype} of "
+                f"shape {tuple(tensor.shape)}"
             )
-    return tensors
+    return {name: tensor for name, (_, tensor) in found.items()}
 
 
 def _read(path: str | os.PathLike[str]) -> list[tuple[str, str | None, str, torch.Tensor]]:
-    """Return key, layer, "weight" or "bias" and tensor of what may be a projector's."""
-    if _is_pickle(path):
+    """Return key, layer, "weight" or "bias" and tensor of all that is named as a projector's."""
+    is_pickle = _is_pickle(path)
+    if is_pickle:
         check_torch_load_is_safe()
-        try:
-            contents: Any = torch.load(path, map_location="cpu", weights_only=True)
-        except _REFUSALS as error:
-            raise ValueError(f"{path} is damaged, or holds more than tensors, which is refused") from error
-        if not isinstance(contents, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in contents.values()):
-            raise ValueError(f"{path} must hold a dict of tensors")
-        return [(key, *m.groups(), contents[key]) for key in contents if (m := _TENSOR.fullmatch(str(key)))]
     try:
+        if is_pickle:
+            contents: Any = torch.load(path, map_location="cpu", weights_only=True)
+            keys = [key for key in contents if torch.is_tensor(contents[key])]
+            return [(key, *m.groups(), contents[key]) for key in keys if (m := _TENSOR.fullmatch(key))]
         with safe_open(os.fspath(path), framework="pt") as file:
             keys = list(file.keys())  # not a mapping
             return [(key, *m.groups(), file.get_tensor(key)) for key in keys if (m := _TENSOR.fullmatch(key))]
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+    except OSError:
+        raise
+    except Exception as error:  # many kinds: the file is cut off, altered, something else, or wants to run something
+        raise ValueError(f"{path} is damaged, or holds more than named tensors, which is refused") from error
 
 
 def _is_pickle(path: str | os.PathLike[str]) -> bool:

@@ -8,29 +8,22 @@ from transformers import AutoConfig, PreTrainedConfig
 
 
 class ReVisionConfig(PreTrainedConfig):
-    """Configuration of a `ReVisionForCausalLM`, after ReVision (arXiv 2602.07026) with the projector of LLaVA 1.5.
+    """Configuration of a `ReVisionForCausalLM`; ValueError for what makes no model.
 
     Parameters
     ----------
     text_config
-        Of the language model: any that `AutoModelForCausalLM` knows, or the same as a dict with its `model_type`.
+        Of the language model, any that `AutoModelForCausalLM` knows; or a dict of it, with its `model_type`.
     embedding_dim
         Dimension of the embeddings of images.
     image_token_id
         The id in `input_ids` that stands for one visual token. It may lie outside of the vocabulary.
-    projector
-        "mlp" is Linear, GELU, Linear; "linear" one Linear; "identity" hands embeddings through as they are.
-    projector_dim
-        Hidden width of the MLP, by default that of the token embeddings.
-    num_visual_tokens
-        How many positions one embedding takes.
-    num_projected_tokens
-        To how many different tokens it is projected; they are repeated, in their order, to `num_visual_tokens`.
-
-    Raises
-    ------
-    ValueError
-        If a value is none of these, or `num_visual_tokens` no multiple of `num_projected_tokens`.
+    projector, projector_dim
+        "mlp" is Linear to `projector_dim` (by default the dimension of token embeddings), GELU, Linear, as in LLaVA
+        1.5; "linear" is one Linear; "identity" leaves embeddings as they are.
+    num_visual_tokens, num_projected_tokens
+        How many positions an embedding takes, and to how many different tokens, which are repeated in their order to
+        fill these, it is projected.
     """
 
     model_type = "revision"
@@ -48,30 +41,21 @@ class ReVisionConfig(PreTrainedConfig):
         num_projected_tokens: int = 1,
         **kwargs: Any,
     ) -> None:
+        super().__init__(**kwargs)
+        self.text_config = AutoConfig.for_model(**text_config) if isinstance(text_config, dict) else text_config
+        for name in ("attn_implementation", "experts_implementation"):  # for `text_config` too, where given
+            if kwargs.get(name) is not None:
+                setattr(self, f"_{name}", kwargs[name])
+        self.embedding_dim, self.image_token_id = embedding_dim, image_token_id
+        self.projector, self.projector_dim = projector, projector_dim
+        self.num_visual_tokens, self.num_projected_tokens = num_visual_tokens, num_projected_tokens
         if projector not in ("mlp", "linear", "identity"):
             raise ValueError(f"projector must be mlp, linear or identity, got {projector!r}")
-        if image_token_id < 0 or min(embedding_dim, projector_dim or 1, num_projected_tokens, num_visual_tokens) < 1:
-            raise ValueError(
-                f"sizes must be at least 1 and image_token_id 0, got embedding_dim {embedding_dim}, projector_dim "
-                f"{projector_dim}, num_projected_tokens {num_projected_tokens}, num_visual_tokens {num_visual_tokens} "
-                f"and image_token_id {image_token_id}"
-            )
+        for name in ("embedding_dim", "projector_dim", "num_visual_tokens", "num_projected_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if num_visual_tokens % num_projected_tokens or (projector == "identity" and num_projected_tokens > 1):
             raise ValueError(
                 f"num_projected_tokens must divide num_visual_tokens, {num_visual_tokens}, and be 1 for the identity "
                 f"projector, got {num_projected_tokens} for {projector}"
             )
-        super().__init__(**kwargs)
-        self.text_config = AutoConfig.for_model(**text_config) if isinstance(text_config, dict) else text_config
-        for name in (
-            "attn_implementation",
-            "experts_implementation",
-        ):
-            if kwargs.get(name) is not None:
-                setattr(self, f"_{name}", kwargs[name])
-        self.embedding_dim = embedding_dim
-        self.image_token_id = image_token_id
-        self.projector = projector
-        self.projector_dim = projector_dim
-        self.num_visual_tokens = num_visual_tokens
-        self.num_projected_tokens = num_projected_tokens

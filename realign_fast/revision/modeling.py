@@ -17,14 +17,10 @@ from .config import ReVisionConfig
 class Projector(nn.Sequential):
     """Turns embeddings of images into visual tokens `(count, hidden_size)`, one image after the other.
 
-    Embeddings are `(n, embedding_dim)`, floating point: each is projected once, to `num_projected_tokens` tokens, and
-    these repeated until there are `num_visual_tokens`. Or they are `(n, patches, embedding_dim)`, and each patch is
-    projected for itself, nothing repeated. It computes in the dtype of its weights.
-
-    Raises
-    ------
-    ValueError
-        If it is the identity and the dimensions differ; in a call, if embeddings have another shape.
+    Embeddings are `(n, embedding_dim)`: each is projected once, to `num_projected_tokens` tokens, which are repeated
+    until there are `num_visual_tokens`. Or they are `(n, patches, embedding_dim)`, projected patch by patch. Of any
+    floating dtype; it computes in that of its weights. ValueError for other shapes, and for the identity between
+    different dimensions.
     """
 
     def __init__(self, config: ReVisionConfig, hidden_size: int) -> None:
@@ -38,27 +34,23 @@ class Projector(nn.Sequential):
         elif dim != hidden_size:
             raise ValueError(f"identity projector: embedding_dim must be the hidden size {hidden_size}, got {dim}")
         super().__init__(*layers)
-        self.embedding_dim = dim
-        self.num_projected_tokens = config.num_projected_tokens
+        self.embedding_dim, self.num_projected_tokens = dim, config.num_projected_tokens
         self.repeats = config.num_visual_tokens // config.num_projected_tokens
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Project embeddings."""
-        dim = self.embedding_dim
-        if embeddings.ndim not in (2, 3) or embeddings.shape[-1] != dim:
-            raise ValueError(
-                f"embeddings must be (n, {dim}) or (n, patches, {dim}), got shape {tuple(embeddings.shape)}"
-            )
+        dim, shape = self.embedding_dim, tuple(embeddings.shape)
+        if len(shape) not in (2, 3) or shape[-1] != dim:
+            raise ValueError(f"embeddings must be (n, {dim}) or (n, patches, {dim}), got shape {shape}")
         dtypes = [parameter.dtype for parameter in self.parameters()]
         tokens: torch.Tensor = embeddings.to(dtypes[0]) if dtypes else embeddings
         for layer in self:
             tokens = layer(tokens)
         tokens = tokens.unflatten(-1, (self.num_projected_tokens, -1))  # type: ignore[no-untyped-call]
-        tokens = tokens.repeat(1, self.repeats, 1) if embeddings.ndim == 2 else tokens
-        return tokens.flatten(0, -2)
+        return (tokens.repeat(1, self.repeats, 1) if len(shape) == 2 else tokens).flatten(0, -2)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the parameters by name: under this name, since peft's stand-in for a module passes it on."""
+        """Return the parameters by name; what peft puts in the place of a module passes this call on to its copy."""
         return dict(self.named_parameters())
 
 
@@ -66,15 +58,8 @@ class ReVisionForCausalLM(PreTrainedModel, GenerationMixin):
     """A language model that reads embeddings of images, each projected to one visual token or more.
 
     Source: ReVision (arXiv 2602.07026). What transformers, its `Trainer` and peft do with other models they do with
-    this one. The projector stays float32 when it is loaded in half precision. A language model of which nothing trains
-    stays in eval mode.
-
-    Parameters
-    ----------
-    config
-        What it is made of.
-    language_model
-        The one of that config, with its weights; by default a new one. See `from_language_model`.
+    this one. Its `projector` stays float32 when it is loaded in half precision; its `language_model`, by default a new
+    one of the config, stays in eval mode where nothing of it trains.
     """
 
     config_class = ReVisionConfig
@@ -86,57 +71,40 @@ class ReVisionForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: ReVisionConfig, language_model: PreTrainedModel | None = None) -> None:
         super().__init__(config)
-        if language_model is None:
-            language_model = AutoModelForCausalLM.from_config(config.text_config)
-        else:
-            for module in language_model.modules():
-                module._is_hf_initialized = True  # so that `post_init` leaves its weights alone
-        self.language_model = language_model
+        for module in language_model.modules() if language_model else ():
+            module._is_hf_initialized = True  # so that `post_init` leaves its weights alone
+        self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
         self.projector = Projector(config, self.get_input_embeddings().embedding_dim)
         # Whether the loss takes the number of labels of all batches of a step, so that accumulation is exact.
-        takes = "kwargs" in inspect.signature(language_model.forward).parameters
-        self.accepts_loss_kwargs = getattr(language_model, "accepts_loss_kwargs", takes)
+        takes = "kwargs" in inspect.signature(self.language_model.forward).parameters
+        self.accepts_loss_kwargs = getattr(self.language_model, "accepts_loss_kwargs", takes)
         self.post_init()
 
     @classmethod
     def from_language_model(
-        cls,
-        language_model: PreTrainedModel | str | os.PathLike[str],
-        *,
-        embedding_dim: int,
-        image_token_id: int,
-        projector: str = "mlp",
-        projector_dim: int | None = None,
-        num_visual_tokens: int = 1,
-        num_projected_tokens: int = 1,
-        **kwargs: Any,
+        cls, language_model: PreTrainedModel | str | os.PathLike[str], **kwargs: Any
     ) -> ReVisionForCausalLM:
         """Put a new projector before a language model, or before the one of a name or folder.
 
-        The other parameters are those of `ReVisionConfig`; `kwargs` are for `AutoModelForCausalLM.from_pretrained`.
-
-        Raises
-        ------
-        OSError
-            If there is no model of that name.
-        TypeError
-            If it is neither model nor name, or a model with options for loading it.
-        ValueError
-            As `ReVisionConfig` and `Projector`.
+        Parameters
+        ----------
+        language_model
+            The model, which becomes part of the new one as it is, or its name.
+        **kwargs
+            `embedding_dim`, `image_token_id` and what else `ReVisionConfig` takes. For a name, also what
+            `AutoModelForCausalLM.from_pretrained` takes.
         """
-        lm = language_model
-        if isinstance(lm, str | os.PathLike):
-            lm = AutoModelForCausalLM.from_pretrained(lm, **kwargs)
-        elif not isinstance(lm, PreTrainedModel) or kwargs:
-            got = " and ".join([type(lm).__name__, *kwargs])
+        names = inspect.signature(ReVisionConfig.__init__).parameters
+        options = {name: kwargs.pop(name) for name in names if name in kwargs}
+        if isinstance(language_model, str | os.PathLike):
+            language_model = AutoModelForCausalLM.from_pretrained(language_model, **kwargs)
+        elif not isinstance(language_model, PreTrainedModel) or kwargs:
+            got = " and ".join([type(language_model).__name__, *kwargs])
             raise TypeError(f"language_model must be a name with options, or a PreTrainedModel without, got {got}")
-        config = ReVisionConfig(
-            lm.config, embedding_dim, image_token_id, projector, projector_dim, num_visual_tokens, num_projected_tokens
-        )
-        model = cls(config, lm)
-        model.projector.to(lm.device)
-        model.generation_config = lm.generation_config
-        return model.train(lm.training)
+        model = cls(ReVisionConfig(language_model.config, **options), language_model)
+        model.projector.to(language_model.device)
+        model.generation_config = language_model.generation_config
+        return model.train(language_model.training)
 
     def embed(self, input_ids: torch.Tensor, embeddings: torch.Tensor | None = None) -> torch.Tensor:
         """Return token embeddings `(batch, length, hidden_size)`, with visual tokens at their placeholders.
@@ -181,21 +149,11 @@ class ReVisionForCausalLM(PreTrainedModel, GenerationMixin):
         ----------
         input_ids, embeddings
             As `embed`; or instead of both `inputs_embeds`, `(batch, length, hidden_size)`.
-        attention_mask
-            `(batch, length)`, 0 at padding.
-        position_ids
-            `(batch, length)`. Where samples are packed into a row they begin anew with each of them, and there is no
-            `attention_mask`. Not all language models can do that, see `check_packing`.
-        labels
-            `(batch, length)`, -100 where there is nothing to predict, so at placeholders.
+        attention_mask, position_ids, labels
+            `(batch, length)`: 0 at padding; positions, which begin anew with each of the samples packed into a row,
+            without a mask, see `check_packing`; -100 where there is nothing to predict, so at placeholders.
         **kwargs
-            For the language model: `num_items_in_batch`, a cache and so on. `use_cache` is False unless given, since
-            packed samples see each other where there is a cache.
-
-        Raises
-        ------
-        ValueError
-            As `embed`; if there are both `input_ids` and `inputs_embeds`, or neither.
+            For the language model. `use_cache` is False by default: with a cache, packed samples see each other.
         """
         if (input_ids is None) == (inputs_embeds is None) or (input_ids is None and embeddings is not None):
             raise ValueError("forward takes either input_ids, with or without embeddings, or inputs_embeds alone")
@@ -215,12 +173,8 @@ class ReVisionForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """Return what the language model's `generate` returns: the new tokens `(batch, new)`, without the prompt.
 
-        Parameters
-        ----------
-        input_ids, embeddings, attention_mask
-            As `forward`. Padding goes on the left, and needs the mask.
-        **kwargs
-            As transformers has them, `generation_config` among them; by default that of this model.
+        The arguments are those of `forward`, with padding on the left and a mask for it, and those of transformers'
+        `generate`, by default from this model's `generation_config`.
         """
         self.language_model.generation_config = self.generation_config
         inputs_embeds = self.embed(input_ids, embeddings)
@@ -244,37 +198,20 @@ class ReVisionForCausalLM(PreTrainedModel, GenerationMixin):
         return self
 
     def save_projector(self, path: str | os.PathLike[str], style: _projectors.Style = "realign") -> None:
-        """Write the projector alone to a file, `.safetensors` or torch's `.bin`, whole or not at all.
+        """Write the projector alone to a `.safetensors` or torch's `.bin` file, whole or not at all.
 
-        Parameters
-        ----------
-        path
-            Of the file.
-        style
-            Whose names the tensors get: "realign"; "llava", as `mm_projector.bin` of LLaVA and Bunny; "transformers",
-            as its LLaVA, which has no linear one. With `num_projected_tokens` above 1 the last layer has as many times
-            the outputs; none of those has such a projector, but the names are the same.
-
-        Raises
-        ------
-        OSError
-            If it cannot be written.
-        ValueError
-            If the suffix is another or the style has no such projector.
+        `style` says whose names the tensors get: "llava", as `mm_projector.bin` of LLaVA and Bunny; "transformers", as
+        its LLaVA; or our own. With `num_projected_tokens` above 1 the last layer has as many times the outputs: the
+        others have no such projector, but the same names do. ValueError for another suffix, or a style without such a
+        projector; OSError if it cannot be written.
         """
         _projectors.save(path, self.projector.tensors(), style)
 
     def load_projector(self, path: str | os.PathLike[str]) -> None:
-        """Read the projector from a file of any style of `save_projector`, with any prefix before the names.
+        """Read the projector from a file of any style of `save_projector`, whatever stands before the names.
 
-        Other tensors in it are left aside. Nothing in it can run code.
-
-        Raises
-        ------
-        OSError
-            If the file cannot be read.
-        ValueError
-            If it is damaged, holds more than tensors, or a projector of other layers or shapes.
+        Other tensors in it are left aside, and nothing in it can run code. ValueError if it is damaged, holds more than
+        tensors or another projector, which changes nothing; OSError if it cannot be read.
         """
         own = self.projector.tensors()
         for name, tensor in _projectors.load(path, own).items():
@@ -299,13 +236,7 @@ class ReVisionForCausalLM(PreTrainedModel, GenerationMixin):
 
 @torch.no_grad()
 def check_packing(model: ReVisionForCausalLM) -> None:
-    """Try on a few tokens whether the language model keeps packed samples apart.
-
-    Raises
-    ------
-    ValueError
-        If one sees the one before it.
-    """
+    """Try on a few tokens whether the language model keeps packed samples apart; ValueError if it does not."""
     training, vocab_size = model.training, model.config.get_text_config().vocab_size
     words = model.get_input_embeddings()(torch.arange(8, device=model.device)[None] % vocab_size)
     positions = torch.arange(4, device=model.device).repeat(1, 2)
