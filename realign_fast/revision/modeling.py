@@ -235,11 +235,13 @@ class ReVisionForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 @torch.no_grad()
+@torch.no_grad()
 def check_packing(model: ReVisionForCausalLM) -> None:
     """Try on a few tokens whether the language model keeps packed samples apart; ValueError if it does not."""
+    # In two rows: flash attention looks for packed samples in a single one alone.
     training, vocab_size = model.training, model.config.get_text_config().vocab_size
-    words = model.get_input_embeddings()(torch.arange(8, device=model.device)[None] % vocab_size)
-    positions = torch.arange(4, device=model.device).repeat(1, 2)
+    words = model.get_input_embeddings()(torch.arange(8, device=model.device).repeat(2, 1) % vocab_size)
+    positions = torch.arange(4, device=model.device).repeat(2, 2)
     model.eval()
     apart = model(inputs_embeds=words[:, 4:], position_ids=positions[:, 4:]).logits
     packed = model(inputs_embeds=words, position_ids=positions).logits[:, 4:]

@@ -115,6 +115,8 @@ class ReVisionTrainer(Trainer):
     them passes for a whole model.
     """
 
+    data_collator: Any
+
     def get_eval_dataloader(self, *arguments: Any, **options: Any) -> Any:
         """Return it as transformers does, without the noise of training."""
         noisy, self.data_collator = self.data_collator, replace(self.data_collator, noise_std=0.0)
@@ -340,9 +342,9 @@ def _run(
         )
         return ReVisionDataset(records, tokenizer, prompt=arguments.prompt)
 
-    config = model.config if isinstance(model, ReVisionForCausalLM) else model.get_base_model().config
+    bare = model if isinstance(model, ReVisionForCausalLM) else model.get_base_model()
     if arguments.packing:
-        check_packing(model)
+        check_packing(bare)
     dataset = dataset_of(arguments.data)
     trainer = ReVisionTrainer(
         model,
@@ -354,11 +356,11 @@ def _run(
             tokenizer,
             inputs.alignment,
             seed=training.seed,
-            num_visual_tokens=config.num_visual_tokens,
+            num_visual_tokens=bare.config.num_visual_tokens,
             max_length=arguments.max_length,
             packing=arguments.packing,
             encoder=inputs.encoder,
-            dim=config.embedding_dim,
+            dim=bare.config.embedding_dim,
             **stage,
         ),
         callbacks=[_Epochs()],
@@ -366,7 +368,7 @@ def _run(
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    elif not trainer.is_deepspeed_enabled and not isinstance(model, ReVisionForCausalLM):
+    elif not trainer.is_deepspeed_enabled and bare is not model:
         trainer.model = model.merge_and_unload()
     trainer.save_model()
     if not trainer.is_world_process_zero():
