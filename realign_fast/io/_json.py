@@ -14,6 +14,7 @@ from typing import IO, Any
 _CHUNK = 1 << 20  # characters read at a time
 # What has not ended by then is damaged, so that one missing brace does not bring the rest of a file into memory.
 _MAX_OBJECT = 1 << 26
+_DECODER = json.JSONDecoder()
 _SPACE = re.compile("[\ufeff \t\r\n]*")
 
 
@@ -133,7 +134,7 @@ class _Text:
             raise self.error(f"expected an object, got {found!r}")
         while True:
             try:
-                value, end = json.JSONDecoder().raw_decode(self._text, self._at)
+                value, end = _DECODER.raw_decode(self._text, self._at)
                 break
             except RecursionError:
                 raise self.error("nested too deep") from None
