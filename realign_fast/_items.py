@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -15,16 +13,14 @@ from typing import Any, NamedTuple
 from ._extras import import_extra
 from .io._arrow import arrow_errors, import_pyarrow
 from .io._fingerprint import combined, fingerprint
+from .io._json import JsonObjects
 from .io.sources import natural_order
 
 Id = int | str
 
 _IMAGES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 _BATCH_ROWS = 1 << 12
-_BLOCK_CHARACTERS = 1 << 20
-_MAX_ITEM_CHARACTERS = 1 << 26
-# Before an item of a JSON array, or after the last one; a bracket that opens an empty array is skipped.
-_SEPARATOR = re.compile(r"\s*(?:\[\s*(?=]))?([\[,\]])\s*")
+_TEXTS = ("caption", "conversations", "text")
 _ANSWERS = ("gpt", "assistant")
 
 
@@ -99,8 +95,8 @@ class TextFile(Items):
         self.name = self._path.name
         kinds: dict[str, Callable[[], Iterator[Any]]] = {
             ".txt": self._lines,
-            ".jsonl": self._lines,
-            ".json": self._array,
+            ".jsonl": self._objects,
+            ".json": self._objects,
             ".csv": self._csv_rows,
             ".parquet": self._parquet_rows,
         }
@@ -108,8 +104,6 @@ class TextFile(Items):
         if suffix not in kinds:
             raise ValueError(f"{path}: texts must be in a file of suffix {', '.join(kinds)}")
         self._entries = kinds[suffix]
-        self._is_text = suffix == ".txt"
-        self._is_json = suffix == ".jsonl"
         self._id_column, self._text_column = id_column, text_column
         self.num_items = sum(1 for _ in self._entries())
         if self.num_items == 0:
@@ -124,40 +118,17 @@ class TextFile(Items):
         return [fingerprint(self._path)] * len(ranges)
 
     def _read(self, number: int, entry: Any) -> tuple[Id, str]:
-        if self._is_text:
+        if isinstance(entry, bytes):
             return number, _checked_text(entry.decode().rstrip("\r\n"))
-        try:
-            record = json.loads(entry) if self._is_json else entry
-        except RecursionError as error:
-            raise ValueError(str(error)) from None
-        if not isinstance(record, dict):
-            raise ValueError(f"expected an object, got {str(record)[:40]!r}")
-        found = record.get(self._id_column)
-        return _checked_id(found, self._id_column), _checked_text(_text_of(record, self._text_column))
+        found = _checked_id(entry.get(self._id_column), self._id_column)
+        return found, _checked_text(_text_of(entry, self._text_column))
 
     def _lines(self) -> Iterator[bytes]:
         with self._path.open("rb") as file:
             yield from file
 
-    def _array(self) -> Iterator[Any]:
-        decode = json.JSONDecoder().raw_decode
-        count, text = 0, ""
-        with self._path.open(encoding="utf-8") as file:
-            while len(text) <= _MAX_ITEM_CHARACTERS and (more := _decoded(self._path, file.read, _BLOCK_CHARACTERS)):
-                text, place = text + more, 0
-                while found := _SEPARATOR.match(text, place):
-                    if found[1] == "]":
-                        return
-                    try:
-                        item, place = decode(text, found.end())
-                    except json.JSONDecodeError:  # its end is still to come
-                        break
-                    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of many digits
-                        raise ValueError(f"{self._path}: row {count}: {error}") from None
-                    yield item
-                    count += 1
-                text = text[place:]
-        raise ValueError(f"{self._path} must hold a JSON array, which is damaged or cut off after {count} items")
+    def _objects(self) -> Iterator[dict[str, Any]]:
+        return JsonObjects([self._path]).scan()
 
     def _csv_rows(self) -> Iterator[dict[str, str]]:
         with self._path.open(encoding="utf-8", newline="") as file:
@@ -185,9 +156,6 @@ class TextFile(Items):
                 f"got {list(names)}: choose others by id_column and text_column"
             )
         return [self._id_column, *found]
-
-
-_TEXTS = ("caption", "conversations", "text")
 
 
 def _decoded(path: Path, read: Callable[..., Any], *arguments: Any) -> Any:
@@ -278,7 +246,7 @@ class ImageFolder(Items):
 
     def _state(self, path: Path) -> str:
         status = path.stat()
-        return f"{self._id(path)}{path.suffix} {status.st_size} {status.st_mtime_ns}\n"
+        return f"{path.relative_to(self._folder).as_posix()!r} {status.st_size} {status.st_mtime_ns}\n"
 
     def _read(self, path: Path) -> tuple[Id, Any]:
         found = _checked_id(self._id(path), "path")
@@ -307,4 +275,4 @@ def _open_image(path: Path) -> Any:
         with pil.open(path) as image:
             return ops.exif_transpose(image).convert("RGB")
     except Exception as error:  # decoders raise whatever they please, Pillow's limit of pixels something of its own
-        raise ValueError(f"no usable image: {error or type(error).__name__}") from error
+        raise ValueError(f"no usable image: {str(error) or type(error).__name__}") from error

@@ -365,8 +365,11 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _embed(arguments: argparse.Namespace) -> dict[str, Any]:
+    from ._extras import import_extra
     from .encode import ImageEncoder, TextEncoder, embed_images, embed_texts
 
+    if not sys.stderr.isatty():
+        import_extra("transformers", "embedding", "train").utils.logging.disable_progress_bar()
     encoder_options = {
         "device": arguments.device,
         "trust_remote_code": arguments.trust_remote_code,
@@ -598,7 +601,7 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="at once (default: 64)")
     embed.add_argument("--dtype", choices=("float16", "float32"), default="float32", help="of the rows written")
     embed.add_argument("--shard-rows", type=_positive, default=10_000, metavar="N", help="default: 10000")
-    embed.add_argument("--device", choices=tuple(_BACKENDS), default="cpu", help="where to compute; cuda: also ROCm")
+    _add_device(embed)
     embed.add_argument("--trust-remote-code", action="store_true", help="run code from the model's repository")
     embed.add_argument(
         "--text-column", metavar="NAME", help="default: caption, or the first answer in conversations, or text"
@@ -687,8 +690,12 @@ def _add_id_column(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--id-column", default="id", metavar="NAME", help="default: id")
 
 
-def _add_threads(parser: argparse.ArgumentParser) -> None:
+def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=tuple(_BACKENDS), default="cpu", help="where to compute; cuda: also ROCm")
+
+
+def _add_threads(parser: argparse.ArgumentParser) -> None:
+    _add_device(parser)
     parser.add_argument("--threads", type=_positive, metavar="N", help="default: the cores this process may use")
 
 

@@ -18,7 +18,7 @@ from realign_fast.io.formats import open_shard
 from realign_fast.io.sources import open_source
 
 DIM = 19
-COMMANDS = ("fit", "stats", "merge", "apply", "convert", "inspect", "verify", "bench", "demo", "export")
+COMMANDS = ("fit", "stats", "merge", "apply", "convert", "inspect", "verify", "bench", "demo", "embed", "export")
 
 
 def cloud(count: int, seed: int, dim: int = DIM) -> np.ndarray:
