@@ -356,8 +356,10 @@ def test_records_without_embedding_are_counted(world, tmp_path):
     data.write_text((world / "captions.jsonl").read_text() + json.dumps({"id": "other", "caption": "a box"}) + "\n")
     with pytest.raises(ValueError, match="'other'"):
         pretrain(world, tmp_path / "out", "--data", data)
+    (tmp_path / "out" / "checkpoint-old").mkdir()
     summary = pretrain(world, tmp_path / "out", "--data", data, "--on_bad_records", "skip", "--max_steps", 1,
                        "--overwrite")  # fmt: skip
+    assert not (tmp_path / "out" / "checkpoint-old").exists()
     assert summary["records"] == COUNT
     assert [each["count"] for each in summary["skipped"].values()] == [1]
 

@@ -6,6 +6,7 @@ then visual instruction tuning on real images.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,6 +37,7 @@ from .modeling import ReVisionForCausalLM, check_packing
 _PROJECTOR = "projector.safetensors"
 _ALIGNMENT = "alignment.safetensors"
 _STATE = "trainer_state.json"
+_INDEX = "ids.index"
 
 
 def _option(default: Any, text: str, **more: Any) -> Any:
@@ -261,7 +263,7 @@ def _inputs(arguments: StageArguments, training: TrainerArguments) -> _Inputs:
         return _Inputs(None, encoder, alignment)
     with training.main_process_first(local=False):  # which makes the index
         Path(training.output_dir).mkdir(parents=True, exist_ok=True)
-        index = Path(training.output_dir) / "ids.index"
+        index = Path(training.output_dir) / _INDEX
         embeddings = EmbeddingDataset(
             arguments.embeddings, ids=arguments.ids, id_column=arguments.id_column, index=index
         )
@@ -319,8 +321,12 @@ def _where_to_begin(arguments: StageArguments, training: TrainerArguments) -> st
         # The state is written last: a checkpoint without it was cut off.
         whole = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{_STATE}")]
         return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
-    if folder.exists() and any(folder.iterdir()) and not arguments.overwrite:
+    left = [path for path in folder.glob("*") if path.name != _INDEX]  # which a run that failed early leaves
+    if left and not arguments.overwrite:
         raise FileExistsError(f"{folder} is not empty: pass --resume, --overwrite or another --output-dir")
+    if training.process_index == 0:  # what is left of another run must not be gone on from
+        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            shutil.rmtree(path)
     return None
 
 
