@@ -61,7 +61,10 @@ def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[in
     once, or it does not tell the answers.
     """
     if not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template: set its chat_template, for instance to PLAIN_TEMPLATE")
+        raise ValueError(
+            "the tokenizer has no chat template: set its chat_template, for instance to PLAIN_TEMPLATE, on the command "
+            "line by --chat_template FILE or plain"
+        )
     if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
         found = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         learnt = found["assistant_masks"]
