@@ -1,5 +1,6 @@
 """The two stages: what is trained, what is written, going on after a stop, and what transformers brings to them."""
 
+import ast
 import json
 import os
 import shutil
@@ -371,6 +372,23 @@ def test_the_command_has_all_flags_of_transformers():
     assert done.returncode == 0, done.stderr
     for flag in ("--gradient_accumulation_steps", "--deepspeed", "--fsdp", "--noise_std", "--num_visual_tokens"):
         assert flag in done.stdout
+
+
+def test_the_trainer_is_thin():
+    """Lines of code: transformers does the loop, checkpoints, mixed precision and distribution."""
+    count = 0
+    for path in (Path(rf.__file__).parent / "revision").glob("*.py"):
+        said = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(node, ast.Expr)
+                and isinstance(node.value, ast.Constant)
+                and isinstance(node.value.value, str)
+            ):
+                said.update(range(node.lineno, node.end_lineno + 1))
+        lines = enumerate(path.read_text().splitlines(), 1)
+        count += sum(bool(line.strip()) and not line.strip().startswith("#") and n not in said for n, line in lines)
+    assert count < 900
 
 
 @pytest.mark.slow
