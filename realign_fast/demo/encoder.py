@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from .world import PADDING, VOCABULARY_SIZE, captions, render, sample_scenes, tokenize
+from .world import PADDING, VOCABULARY_SIZE, Scenes, captions, render, sample_scenes, tokenize
 
 DIM = 128
 # Not the usual 14: a temperature so warm would let this small model close the gap by itself.
@@ -53,13 +53,18 @@ def train(
     steps: int = 400,
     num_pairs: int = 20_000,
     seed: int = 0,
+    scenes: Scenes | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> DualEncoder:
-    """Return an encoder trained with InfoNCE on `num_pairs` pairs of its own, the same for equal arguments."""
+    """Return an encoder trained with InfoNCE on pairs of its own, the same for equal arguments.
+
+    The pairs show `scenes`, by default `num_pairs` random ones.
+    """
     generator_state = torch.random.get_rng_state()
     try:
         torch.manual_seed(seed)
-        scenes = sample_scenes(num_pairs, seed)
+        if scenes is None:
+            scenes = sample_scenes(num_pairs, seed)
         images = torch.from_numpy(render(scenes, seed))
         tokens = torch.from_numpy(tokenize(captions(scenes, seed, leave_out=_LEAVE_OUT)))
         encoder = DualEncoder()
@@ -67,7 +72,7 @@ def train(
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=max(steps, 2))
         targets = torch.arange(_BATCH)
         for _ in range(steps):
-            batch = torch.randint(num_pairs, (_BATCH,))
+            batch = torch.randint(len(images), (_BATCH,))
             logits = encoder.encode_text(tokens[batch]) @ encoder.encode_image(images[batch]).T
             logits = logits * encoder.log_scale.exp().clamp(max=_FIRST_LOGIT_SCALE)
             loss = (cross_entropy(logits, targets) + cross_entropy(logits.T, targets)) / 2
