@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from . import geometry as geometry
     from . import nn as nn
     from . import ray as ray
+    from . import revision as revision
     from .alignment import Alignment, fit, fit_from_moments
     from .bank import AlignmentBank
     from .moments import Moments
@@ -46,7 +47,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("data", "geometry", "nn", "ray"):  # not public names: `from realign_fast import *` does without torch
+    # Not public names: `from realign_fast import *` does without torch.
+    if name in ("data", "geometry", "nn", "ray", "revision"):
         return import_module(f".{name}", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
