@@ -54,9 +54,10 @@ def train(
     num_pairs: int = 20_000,
     seed: int = 0,
     scenes: Scenes | None = None,
+    make: Callable[[], DualEncoder] = DualEncoder,
     progress: Callable[[int], None] | None = None,
 ) -> DualEncoder:
-    """Return an encoder trained with InfoNCE on pairs of its own, the same for equal arguments.
+    """Return what `make` makes, trained with InfoNCE on pairs of its own; the same for equal arguments.
 
     The pairs show `scenes`, by default `num_pairs` random ones.
     """
@@ -67,7 +68,7 @@ def train(
             scenes = sample_scenes(num_pairs, seed)
         images = torch.from_numpy(render(scenes, seed))
         tokens = torch.from_numpy(tokenize(captions(scenes, seed, leave_out=_LEAVE_OUT)))
-        encoder = DualEncoder()
+        encoder = make()
         optimizer = torch.optim.AdamW(encoder.parameters(), lr=_LEARNING_RATE, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=max(steps, 2))
         targets = torch.arange(_BATCH)
