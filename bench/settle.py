@@ -22,8 +22,8 @@ the 95% interval of Student's t.
 
 - *Informative* is the experiment if `paired` has a zero-shot mean of at least 0.8 and that of `none` lies at least 3
   standard deviations (the larger of the two arms' over seeds) below it.
-- An arm *substitutes* for pairs if its zero-shot mean lies at most `MARGIN` below `paired` and the whole interval of the
-  difference above `-2 MARGIN`; it *falls short* if the whole interval lies below `-MARGIN`; else it is *open*.
+- An arm *substitutes* for pairs if its zero-shot mean lies at most `MARGIN` below `paired` and the whole interval of
+  the difference above `-2 MARGIN`; it *falls short* if the whole interval lies below `-MARGIN`; else it is *open*.
 - The paper's orders, `CLAIMS`, are each *confirmed* if the interval of the difference lies above 0, *contradicted* if
   it lies below 0, else *open*.
 """
