@@ -54,7 +54,7 @@ class Findings:
     @classmethod
     def of(cls, results: list[dict[str, Any]], margin: float, claims: tuple[tuple[str, str], ...]) -> Findings:
         found: dict[str, dict[str, list[float]]] = {}
-        for result in sorted(results, key=lambda result: result["seed"]):
+        for result in results:
             each = {"cosine": result["cosine"]}
             for stage in STAGES:
                 for part in PARTS:

@@ -48,7 +48,7 @@ class Sizes:
     pairs_2: int = 640
     epochs_2: int = 2
     batch: int = 64
-    tests: int = 500
+    tests: int = 1000
     lm_rate: float = 2e-3
     rate_1: float = 2e-3
     rate_2: float = 3e-4
