@@ -123,7 +123,7 @@ def words(found: Findings) -> str:
     paired, none, num_seeds = found.mean("paired"), found.mean("none"), len(found.figures["paired"][DECIDES])
     arms = [arm for arm in found.unpaired if arm != "none"]
     best = max(arms, key=found.mean)
-    by = {kind: ", ".join(arm for arm in arms if found.verdict(arm) == kind) or "none" for kind in _KINDS}
+    by = {kind: ", ".join(arm for arm in arms if found.verdict(arm) == kind) or "no arm" for kind in _KINDS}
     after = {arm: found.mean(arm, "stage 2 seen mean") for arm in found.figures}
     trained = [value for arm, value in after.items() if arm != "no stage 1"]
     parts = [
