@@ -11,22 +11,9 @@ from _settle_seed import ATTRIBUTES
 
 STAGES, PARTS = ("zero-shot", "stage 2"), ("seen", "unseen")
 DECIDES = "zero-shot seen mean"
-COLUMNS = (
-    "stage 1 on",
-    "cosine to pair",
-    "zero-shot: mean of six",
-    "against paired (95%)",
-    "it",
-    *ATTRIBUTES,
-    "all right",
-    "unseen: mean",
-    "all right",
-    "after stage 2: mean",
-    "all right",
-    "unseen: mean",
-    "all right",
-)
-_REST = (("zero-shot", "unseen"), ("stage 2", "seen"), ("stage 2", "unseen"))
+_REST = {"unseen": "zero-shot unseen", "after stage 2": "stage 2 seen", "unseen after stage 2": "stage 2 unseen"}
+COLUMNS = ["stage 1 on", "cosine to pair", "zero-shot: mean of six", "against paired (95%)", "it", *ATTRIBUTES]
+COLUMNS += ["all right", *(f"{title}: {name}" for title in _REST for name in ("mean", "all right"))]
 
 
 def interval(differences: np.ndarray) -> tuple[float, float, float]:
@@ -113,7 +100,7 @@ def table(found: Findings) -> list[list[str]]:
             found.verdict(arm) if arm in found.unpaired else "",
         ]
         names = [f"zero-shot seen {name}" for name in (*ATTRIBUTES, "all")]
-        names += [f"{stage} {part} {name}" for stage, part in _REST for name in ("mean", "all")]
+        names += [f"{stage} {name}" for stage in _REST.values() for name in ("mean", "all")]
         lines.append([*line, *(f"{each[name].mean():.2f}" for name in names)])
     return lines
 
@@ -160,22 +147,21 @@ def plot(found: Findings, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    arms = list(found.figures)
+    arms = [arm for arm in found.figures if arm != "no stage 1"]  # which is far to the left
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 0.33 * len(arms) + 1.4), sharey=True, layout="constrained")
     for axis, stage, title in zip(axes, STAGES, ("zero-shot", "after stage 2"), strict=True):
-        for part, shift, label in (
-            ("seen", -0.12, "combinations of the texts"),
-            ("unseen", 0.12, "combinations of none"),
-        ):
+        for part, shift, label in (("seen", -0.12, "trained combinations"), ("unseen", 0.12, "held-out ones")):
             each = [found.figures[arm][f"{stage} {part} mean"] for arm in arms]
             means, spreads = [one.mean() for one in each], [deviation(one) for one in each]
             axis.errorbar(means, np.arange(len(arms)) + shift, xerr=spreads, fmt="o", ms=4, capsize=2, label=label)
         axis.axvline(found.mean("paired", f"{stage} seen mean"), color="grey", lw=0.8, ls=":")
-        axis.set_xlabel("right attributes of held-out pictures, mean of six ± deviation over seeds")
         axis.set_title(title)
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(arms)), arms)
     axes[0].invert_yaxis()
     axes[0].legend(fontsize=8)
+    figure.supxlabel(
+        "right attributes of held-out pictures: mean of six, and standard deviation over seeds", fontsize=9
+    )
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -81,9 +81,9 @@ ARMS = (
     Arm("paired", paired=True),
     Arm(f"paired + noise {NOISE}", paired=True, noise_std=NOISE),
     Arm("no stage 1", stage_1=False),
-    Arm("realign, twice the text", "realign", texts=2),
-    Arm(f"ot auto + noise {NOISE}, twice the text", "ot", {}, NOISE, texts=2),
-    Arm("paired, twice the pairs", paired=True, texts=2),
+    Arm("realign (twice the text)", "realign", texts=2),
+    Arm(f"ot auto + noise {NOISE} (twice the text)", "ot", {}, NOISE, texts=2),
+    Arm("paired (twice the pairs)", paired=True, texts=2),
 )
 # (more, less): the order of the paper's averages, after stage 2: 50.16 realign, 48.74 coral, 48.67 anchor_trace, 48.06
 # c3, 47.50 none, 46.68 anchor, 43.58 no stage 1.
