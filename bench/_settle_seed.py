@@ -27,8 +27,6 @@ from realign_fast.revision import ReVisionForCausalLM
 logging.set_verbosity_error()
 ATTRIBUTES = ("shape", "colour", "size", "place", "relation", "count")
 END, ANSWER, IMAGE = (world.VOCABULARY_SIZE + i for i in range(3))
-# What a telegram leaves out of a caption.
-_FILLING = {word for phrase in (*world._OPENINGS, *world._BETWEEN_PLACES, "a") for word in phrase.split()}
 
 
 @dataclass(frozen=True)
@@ -51,17 +49,17 @@ class Sizes:
     tests: int = 1000
     lm_rate: float = 2e-3
     rate_1: float = 2e-3
-    rate_2: float = 3e-4
+    rate_2: float = 1e-4
 
 
 class Encoder(encoders.DualEncoder):
-    """The demo's with 4 x 4 features of a picture at its end, not 2 x 2, and a temperature that does not change.
+    """The demo's with 4 x 4 features of a picture at its end, not 2 x 2, and a temperature half as warm.
 
-    So it tells the attributes of two objects apart, and does not close the gap by itself while it trains for longer.
+    So it tells the attributes of two objects apart, and its gap is about as wide as that of CLIP on COCO, 0.85.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(logit_scale=200.0)
         layers: list[nn.Module] = []
         for fan_in, fan_out, stride in ((3, 32, 2), (32, 64, 2), (64, 128, 2), (128, 128, 1)):
             layers += [nn.Conv2d(fan_in, fan_out, 3, stride, padding=1), nn.BatchNorm2d(fan_out), nn.ReLU()]
@@ -157,12 +155,9 @@ def run_arm(arm: Arm, seed: int, sizes: Sizes, base: dict[str, Any]) -> dict[str
     source = image if arm.paired else base["texts"]["seen"].numpy()
     mapped = alignment.transform(source, noise_std=0.0) if arm.method and not arm.paired else source
     result |= {"gap": centroid_gap(mapped, image), "cosine": cosine_to_pair(mapped, image)}
-    return result | {"selection": _selection(alignment), "seconds": round(time.process_time() - began, 1)}
-
-
-def _selection(alignment: Any) -> dict[str, float] | None:
-    chosen = alignment.report.get("selection")
-    return None if chosen is None else {name: chosen[name] for name in ("strength", "shrinkage")}
+    chosen = alignment.report.get("selection", {})
+    result["selection"] = {name: chosen.get(name) for name in ("strength", "shrinkage")}
+    return result | {"seconds": round(time.process_time() - began, 1)}
 
 
 def _seed(seed: int, what: str) -> int:
@@ -179,7 +174,7 @@ def _sample(count: int, seed: int, held_out: np.ndarray, unseen: bool) -> Scenes
     return Scenes(*(values[chosen] for values in scenes))
 
 
-# The language model learns to turn a telegram, the words of another caption that carry meaning, into a caption.
+# The language model learns to turn a telegram, the words that carry meaning in another caption, into a caption.
 
 
 def _new_language_model(sizes: Sizes) -> GPT2LMHeadModel:
@@ -204,8 +199,7 @@ def _train_language_model(
 ) -> tuple[GPT2LMHeadModel, float]:
     torch.manual_seed(_seed(seed, "language model"))
     model = _new_language_model(sizes)
-    others = world.captions(scenes, _seed(seed, "telegrams"))
-    telegrams = [" ".join(word for word in text.split() if word not in _FILLING) for text in others]
+    telegrams = [world.keywords(text) for text in world.captions(scenes, _seed(seed, "telegrams"))]
     epochs = -(-sizes.lm_steps * sizes.batch // len(captions))
     batches = [*_batches([*map(_numbers, telegrams)], captions, epochs, seed, sizes.batch)][: sizes.lm_steps]
     return model, _train(model, batches, None, sizes.lm_rate)
@@ -291,7 +285,9 @@ def score(captions: list[str], scenes: Scenes) -> dict[str, float]:
         checks = [("count", len(said.shape) == count), ("place", said.place == world.PLACES[first])]
         for name, words in (("shape", world.SHAPES), ("colour", world.COLOURS), ("size", world.SIZES)):
             is_so = [words[value] for value in getattr(scenes, name)[i, :count]]
-            checks += [(name, said_so == so) for said_so, so in zip(_pad(getattr(said, name)), is_so, strict=False)]
+            checks += [
+                (name, said_so == so) for said_so, so in zip([*getattr(said, name), None, None], is_so, strict=False)
+            ]
         if count == 2:
             checks.append(("relation", said.relation == ("left of" if first % 3 < second % 3 else "above")))
         for name, is_right in checks:
@@ -299,7 +295,3 @@ def score(captions: list[str], scenes: Scenes) -> dict[str, float]:
         right["all"].append(all(is_right for _, is_right in checks))
     shares = {name: float(np.mean(each)) for name, each in right.items()}
     return shares | {"mean": float(np.mean([shares[name] for name in ATTRIBUTES]))}
-
-
-def _pad(values: list[str | None]) -> list[str | None]:
-    return [*values, None, None]

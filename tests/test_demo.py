@@ -48,6 +48,11 @@ def test_every_caption_can_be_tokenized():
         world.tokenize(["a circle", "a dog"])
 
 
+def test_keywords_are_the_words_that_carry_meaning():
+    caption = "one sees a big white wedge to the left of a huge pale ball near the bottom left"
+    assert world.keywords(caption) == "big white wedge to left huge pale ball bottom left"
+
+
 def test_captions_can_be_read_back():
     scenes = world.sample_scenes(3000, 7)
     captions = world.captions(scenes, 8)

@@ -172,6 +172,14 @@ def _pick(options: tuple[str, ...], draw: float) -> str:
     return options[int(draw * len(options))]
 
 
+_FILLING = {word for phrase in (*_OPENINGS, *_BETWEEN_PLACES, "a") for word in phrase.split()}
+
+
+def keywords(caption: str) -> str:
+    """Return the words of a caption that carry meaning, in their order."""
+    return " ".join(word for word in caption.split() if word not in _FILLING)
+
+
 _MEANINGS = {word: meaning for meaning, words in _WORDS.items() for word in words}
 # Longer phrases first: "left of" ends others.
 _RELATION = "|".join(sorted((*_WORDS["left of"], *_WORDS["above"]), key=len, reverse=True))
