@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from _settle_seed import ATTRIBUTES
 
+Claims = dict[str, tuple[str, tuple[tuple[str, str], ...]]]  # by title: the stage, and pairs of arms: more, less
 STAGES, PARTS = ("zero-shot", "stage 2"), ("seen", "unseen")
 DECIDES = "zero-shot seen mean"
 _REST = {"unseen": "zero-shot unseen", "after stage 2": "stage 2 seen", "unseen after stage 2": "stage 2 unseen"}
@@ -35,11 +36,11 @@ class Findings:
 
     figures: dict[str, dict[str, np.ndarray]]
     margin: float
-    claims: tuple[tuple[str, str], ...]
+    claims: Claims
     gap: float
 
     @classmethod
-    def of(cls, results: list[dict[str, Any]], margin: float, claims: tuple[tuple[str, str], ...]) -> Findings:
+    def of(cls, results: list[dict[str, Any]], margin: float, claims: Claims) -> Findings:
         found: dict[str, dict[str, list[float]]] = {}
         for result in results:
             each = {"cosine": result["cosine"]}
@@ -77,10 +78,11 @@ class Findings:
             return "substitutes"
         return "falls short" if high < -self.margin else "open"
 
-    def orders(self, stage: str) -> dict[str, list[str]]:
-        """Return the paper's orders by what becomes of them."""
+    def orders(self, title: str) -> dict[str, list[str]]:
+        """Return the claims of a title by what becomes of them."""
         found: dict[str, list[str]] = {"confirmed": [], "contradicted": [], "open": []}
-        for more, less in self.claims:
+        stage, pairs = self.claims[title]
+        for more, less in pairs:
             if more in self.figures and less in self.figures:
                 mean, low, high = self.compared(more, less, f"{stage} seen mean")
                 kind = "confirmed" if low > 0 else "contradicted" if high < 0 else "open"
@@ -126,10 +128,9 @@ def words(found: Findings) -> str:
         f"After stage 2 the arms lie between {min(trained):.3f} and {max(trained):.3f}"
         + (f", without stage 1 at {after['no stage 1']:.3f}." if "no stage 1" in after else "."),
     ]
-    for stage, title in (("stage 2", "after stage 2, where it measures"), ("zero-shot", "zero-shot")):
-        said = [f"{kind}: {', '.join(each)}" for kind, each in found.orders(stage).items() if each]
-        if said:
-            parts.append(f"Of the paper's orders, {title}, {'; '.join(said)}.")
+    for title in found.claims:
+        said = [f"{kind}: {', '.join(each)}" for kind, each in found.orders(title).items() if each]
+        parts += [f"{title}, {'; '.join(said)}."] if said else []
     parts.append(
         "What it does not show is what models of billions of parameters make of photographs: here encoder and language "
         f"model have less than a million parameters, captions follow a grammar, and {num_seeds} seeds tell large "

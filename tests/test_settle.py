@@ -114,6 +114,6 @@ def test_verdicts_follow_the_plan(bench):
         "ot auto": "open",
         "anchor": "substitutes",
     }
-    orders = found.orders("stage 2")
+    orders = found.orders(next(iter(settle.CLAIMS)))
     assert [each.split(" (")[0] for each in orders["confirmed"]] == ["realign over none", "realign over coral"]
     assert [each.split(" (")[0] for each in orders["contradicted"]] == ["realign over anchor"]
