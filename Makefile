@@ -29,7 +29,7 @@ demo: $(INSTALLED)
 	$(BIN)/realign demo --overwrite
 
 bench: $(INSTALLED)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[peers]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[peers,train]'
 	$(BIN)/python bench/kernels.py --json bench/results/kernels.json
 	$(BIN)/python bench/covariance.py --json bench/results/covariance.json
 	$(BIN)/python bench/strength.py --json bench/results/strength.json
@@ -41,6 +41,7 @@ bench: $(INSTALLED)
 	$(BIN)/python bench/ranks.py --json bench/results/ranks.json
 	$(BIN)/python bench/soak.py --json bench/results/soak.json
 	$(BIN)/python bench/commands.py --json bench/results/commands.json
+	$(BIN)/python bench/settle.py --json bench/results/settle.json
 	$(BIN)/python bench/tables.py
 
 lint: $(INSTALLED)

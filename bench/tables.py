@@ -26,7 +26,10 @@ def number(value: float) -> str:
 def table(result: dict) -> str:
     if "columns" in result:
         lines = [result["columns"], ["---"] * len(result["columns"]), *result["table"]]
-        return "\n".join([machine_line(result["machine"]), "", *(f"| {' | '.join(line)} |" for line in lines)])
+        rows = [f"| {' | '.join(line)} |" for line in lines]
+        return "\n".join(
+            [machine_line(result["machine"]), "", *rows, *(["", result["words"]] if "words" in result else [])]
+        )
     lines = [
         machine_line(result["machine"]),
         "",

@@ -48,6 +48,42 @@ def test_every_caption_can_be_tokenized():
         world.tokenize(["a circle", "a dog"])
 
 
+def test_keywords_are_the_words_that_carry_meaning():
+    caption = "one sees a big white wedge to the left of a huge pale ball near the bottom left"
+    assert world.keywords(caption) == "big white wedge to left huge pale ball bottom left"
+
+
+def test_captions_can_be_read_back():
+    scenes = world.sample_scenes(3000, 7)
+    captions = world.captions(scenes, 8)
+    assert world.detokenize(world.tokenize(captions)) == captions
+    for i, said in enumerate(map(world.parse, captions)):
+        count, (first, second) = scenes.num_objects[i], scenes.place[i]
+        assert said.shape == [world.SHAPES[value] for value in scenes.shape[i, :count]], captions[i]
+        assert said.colour == [world.COLOURS[value] for value in scenes.colour[i, :count]], captions[i]
+        assert said.size == [world.SIZES[value] for value in scenes.size[i, :count]], captions[i]
+        assert said.place == world.PLACES[first], captions[i]
+        relation = ("left of" if first % 3 < second % 3 else "above") if count == 2 else None
+        assert said.relation == relation, captions[i]
+
+
+@pytest.mark.parametrize(
+    ("caption", "said"),
+    [
+        ("", ([], [], [], None, None)),
+        ("a a left of the top", ([], [], [], None, "left of")),
+        ("a red circle square left of", ([None], ["red"], [None], None, "left of")),
+        (
+            "one sees a disc to the left of a hoop over a ball",
+            (["circle", "ring", "circle"], [None] * 3, [None] * 3, None, None),
+        ),
+        ("a big box in the top at the top left", (["square"], [None], ["large"], None, None)),
+    ],
+)
+def test_captions_that_say_nothing_clear_are_read_as_that(caption, said):
+    assert world.parse(caption) == said
+
+
 def test_embeddings_do_not_depend_on_their_batch():
     model = encoder.train(steps=1, num_pairs=256)
     texts = world.captions(world.sample_scenes(30, 6), 6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -171,6 +172,56 @@ def _pick(options: tuple[str, ...], draw: float) -> str:
     return options[int(draw * len(options))]
 
 
+_FILLING = {word for phrase in (*_OPENINGS, *_BETWEEN_PLACES, "a") for word in phrase.split()}
+
+
+def keywords(caption: str) -> str:
+    """Return the words of a caption that carry meaning, in their order."""
+    return " ".join(word for word in caption.split() if word not in _FILLING)
+
+
+_MEANINGS = {word: meaning for meaning, words in _WORDS.items() for word in words}
+# Longer phrases first: "left of" ends others.
+_RELATION = "|".join(sorted((*_WORDS["left of"], *_WORDS["above"]), key=len, reverse=True))
+_PLACE = re.compile(rf"\b(?:{'|'.join(_BETWEEN_PLACES)}) ({'|'.join(sorted(PLACES, key=len, reverse=True))})\b")
+
+
+class Description(NamedTuple):
+    """What a caption says, in the words of `SHAPES`, `COLOURS`, `SIZES` and `PLACES`.
+
+    Attributes
+    ----------
+    shape, colour, size : list of (str or None)
+        One for each object, in the order of the caption; None where it says nothing, or two things.
+    place : str or None
+        Of the first object.
+    relation : str or None
+        "left of" or "above": where the first object is to the second.
+    """
+
+    shape: list[str | None]
+    colour: list[str | None]
+    size: list[str | None]
+    place: str | None
+    relation: str | None
+
+
+def parse(caption: str) -> Description:
+    """Return what a caption says, whichever words it says it in; any text can be read."""
+    places = set(_PLACE.findall(caption))
+    parts = re.split(rf"\b({_RELATION})\b", _PLACE.sub("", caption))
+    said = [[_MEANINGS[word] for word in part.split() if word in _MEANINGS] for part in parts[::2]]
+    objects = [words for words in said if words]
+    shape, colour, size = (
+        [_only({word for word in words if word in kind}) for words in objects] for kind in (SHAPES, COLOURS, SIZES)
+    )
+    return Description(shape, colour, size, _only(places), _only({_MEANINGS[phrase] for phrase in parts[1::2]}))
+
+
+def _only(values: set[str]) -> str | None:
+    return values.pop() if len(values) == 1 else None
+
+
 def tokenize(texts: list[str]) -> NDArray[np.int64]:
     """Return word numbers, `(n, MAX_WORDS)`, padded with `PADDING`.
 
@@ -190,3 +241,9 @@ def tokenize(texts: list[str]) -> NDArray[np.int64]:
             raise ValueError(f"text {i} has {len(words)} words, expected at most {MAX_WORDS}")
         tokens[i, : len(words)] = numbers
     return tokens
+
+
+def detokenize(tokens: NDArray[np.int64]) -> list[str]:
+    """Return the texts of word numbers, `(n, words)`, without what stands for no word."""
+    words = dict(enumerate(_VOCABULARY, start=PADDING + 1))
+    return [" ".join(words[number] for number in row if number in words) for row in tokens.tolist()]
