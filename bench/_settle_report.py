@@ -64,9 +64,9 @@ class Findings:
         return interval(self.figures[more][figure] - self.figures[less][figure])
 
     def deviations(self) -> float:
-        """Return how many standard deviations `none` lies below `paired`."""
+        """Return how many standard deviations `none` lies below `paired`; 0 where one seed has none."""
         spread = max(deviation(self.figures[arm][DECIDES]) for arm in ("paired", "none"))
-        return (self.mean("paired") - self.mean("none")) / max(spread, 1e-9)
+        return (self.mean("paired") - self.mean("none")) / spread if spread else 0.0
 
     def informative(self) -> bool:
         return self.mean("paired") >= 0.8 and self.deviations() >= 3
