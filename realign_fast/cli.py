@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -406,8 +406,7 @@ def _stage(arguments: argparse.Namespace) -> dict[str, Any] | None:
     import_extra("transformers", f"realign {arguments.command}", extra="train")
     from .revision.training import run_stage
 
-    with redirect_stdout(sys.stderr):  # transformers prints its logs, and our last line is to be JSON alone
-        summary = run_stage(arguments.command, arguments.rest)
+    summary = run_stage(arguments.command, arguments.rest)
     return None if summary is None else {"command": arguments.command, **summary}
 
 

@@ -7,7 +7,9 @@ then visual instruction tuning on real images.
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -405,5 +407,7 @@ def run_stage(name: str, argv: Sequence[str]) -> dict[str, Any] | None:
     """Run the stage "pretrain" or "finetune" with the flags of a command line; see there."""
     arguments, training, stage = _STAGES[name]
     parser = HfArgumentParser((arguments, training), prog=f"realign {name}", description=stage.__doc__.split("\n")[0])
-    found: dict[str, Any] | None = stage(*parser.parse_args_into_dataclasses(list(argv)))
+    parsed = parser.parse_args_into_dataclasses(list(argv))
+    with redirect_stdout(sys.stderr):  # where transformers prints its logs
+        found: dict[str, Any] | None = stage(*parsed)
     return found
