@@ -26,7 +26,7 @@ Counts = NDArray[np.float64]
 
 _FEWEST_ROWS = 4
 # Squared distances of unit rows below this may be rounding; so may differences of distances of relabelled sets.
-_ROUNDING, _TIE = 1e-11, 1e-9
+_ROUNDING, _TIE = 1e-11, 1e-7
 _STANDARD_ERRORS, _ONE_SIDED = 1.959964, 1.644854
 _BANDWIDTH_ROWS = 1000
 _CHUNK_ROWS = 4096
