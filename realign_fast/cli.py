@@ -365,7 +365,6 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _embed(arguments: argparse.Namespace) -> dict[str, Any]:
-    from ._extras import import_extra
     from .encode import ImageEncoder, TextEncoder, embed_images, embed_texts
 
     if not sys.stderr.isatty():

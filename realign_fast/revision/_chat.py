@@ -76,9 +76,15 @@ def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[in
         # A token that reaches into an answer belongs to it, as between markers: else its first word could get lost.
         learnt = [any(a < end and b > begin for begin, end in spans) for a, b in found["offset_mapping"]]
     ids = found["input_ids"]
-    if (count := ids.count(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))) != 1:
-        raise ValueError(f"the chat template makes {count} {IMAGE_TOKEN} tokens of one placeholder")
+    image_place(ids, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
     return ids, [token if chosen else IGNORED for token, chosen in zip(ids, learnt, strict=True)]
+
+
+def image_place(ids: list[int], image_token_id: int) -> int:
+    """Return where `<image>` stands among the tokens that a template has made; ValueError if not once."""
+    if (count := ids.count(image_token_id)) != 1:
+        raise ValueError(f"the chat template makes {count} {IMAGE_TOKEN} tokens of one placeholder")
+    return ids.index(image_token_id)
 
 
 def _text(tokenizer: Any, messages: list[dict[str, str]], *, ask: bool = False) -> str:

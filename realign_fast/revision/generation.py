@@ -17,7 +17,7 @@ import torch
 from .._files import replacing
 from .._progress import progress as show_progress
 from ..data import EmbeddingDataset
-from ._chat import messages_of
+from ._chat import image_place, messages_of
 from .modeling import ReVisionForCausalLM
 from .training import alignment_beside, load_tokenizer
 
@@ -106,9 +106,7 @@ def _prompt(tokenizer: Any, prompt: str, config: Any) -> torch.Tensor:
     """Return the tokens `(1, length)` that stand before an answer, with room for the visual ones."""
     asked = messages_of({"caption": ""}, prompt)[:-1]
     ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
-    if (count := ids.count(config.image_token_id)) != 1:
-        raise ValueError(f"the chat template makes {count} image tokens of one placeholder")
-    at = ids.index(config.image_token_id)
+    at = image_place(ids, config.image_token_id)
     return torch.tensor([[*ids[:at], *[config.image_token_id] * config.num_visual_tokens, *ids[at + 1 :]]])
 
 

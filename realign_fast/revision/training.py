@@ -42,8 +42,8 @@ _STATE = "trainer_state.json"
 _INDEX = "ids.index"
 
 
-def _option(default: Any, text: str, **more: Any) -> Any:
-    return field(default=default, metadata={"help": text, **more})
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -343,10 +343,7 @@ def _run(
 ) -> dict[str, Any] | None:
     def dataset_of(paths: list[str] | None) -> ReVisionDataset:
         records = Records(
-            paths,
-            embeddings=inputs.embeddings,
-            id_key=arguments.id_key,
-            on_bad_records=arguments.on_bad_records,
+            paths, embeddings=inputs.embeddings, id_key=arguments.id_key, on_bad_records=arguments.on_bad_records
         )
         return ReVisionDataset(records, tokenizer, prompt=arguments.prompt)
 
