@@ -18,7 +18,9 @@ is wrong; all of it also for pictures that show a held-out combination.
 
 THE PLAN, committed before the final run. Arms: `ARMS`; sizes: `SIZES`; seeds: `SEEDS`, whose results nobody had seen
 before; exploration used seeds 0 to 9. Every difference between arms is a paired difference over seeds, with
-the 95% interval of Student's t.
+the 95% interval of Student's t. A first run, on seeds 100 to 102, was not informative by this plan: `none` lay 2.7
+standard deviations below `paired`, the encoders having closed much of the gap by themselves. So this one has colder
+encoders, half as many texts again, and five seeds; nothing else is changed.
 
 - *Informative* is the experiment if `paired` has a zero-shot mean of at least 0.8 and that of `none` lies at least 3
   standard deviations (the larger of the two arms' over seeds) below it.
@@ -50,7 +52,7 @@ from _tables import arguments, write_json
 from realign_fast._files import replacing
 from realign_fast.benchmark import machine
 
-SEEDS = (100, 101, 102)
+SEEDS = (103, 104, 105, 106, 107)
 SIZES = Sizes()
 QUICK = Sizes(
     encoder_pairs=512,
