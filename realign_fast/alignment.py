@@ -30,7 +30,7 @@ from ._transform import Steps, transform_by, transform_rows
 from .backends import check_has_kernels, choose, find_device
 from .io._manifest import encoder_in
 from .io.sources import Batch, Done, Source, file_paths, open_source
-from .methods import Method, Parameters, Solution, check_sets, get_method, unit_length
+from .methods import METHODS, Method, Parameters, Solution, check_sets, get_method, unit_length
 from .moments import Moments, OnBadRows, Precision, check_on_bad_rows
 
 Side = Literal["source", "target"]
@@ -314,13 +314,14 @@ class Alignment:
             wanted = (dim, dim) if name.endswith("matrix") else (dim,)
             if tensors[name].shape != wanted:
                 raise ValueError(f"{path}: tensor {name!r} must have shape {wanted}, got {tensors[name].shape}")
+        if (method := str(fields.get("method"))) not in METHODS:
+            raise ValueError(f"{path} was fitted by method {method!r}, which this package does not know: upgrade it")
         try:
-            get_method(fields["method"], {})
             noise_std = float(fields.get("noise_std", 0))
             if not (0 <= noise_std < np.inf):
                 raise ValueError(f"noise_std is {noise_std}")
             return cls(
-                fields["method"],
+                method,
                 Parameters(
                     float(tensors["scale"][0]),
                     frozen(tensors["shift"]),

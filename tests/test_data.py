@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
 import realign_fast as rf
+from realign_fast import _files
 from realign_fast._errors import BadRowsError
 from realign_fast.data import DriftWarning, EmbeddingDataset, EmbeddingStream, align, align_collate
 
@@ -132,7 +133,7 @@ def test_integer_ids_and_those_of_arrow_files(tmp_path):
     assert data.numbers_of([-19, 107]).tolist() == [7, 49]
 
 
-def test_ids_that_are_wrong(tmp_path, folder):
+def test_ids_that_are_wrong(tmp_path, folder, monkeypatch):
     def index_of(*columns, name="id"):
         (tmp_path / "m").mkdir(exist_ok=True)
         for number, values in enumerate(columns):
@@ -156,6 +157,15 @@ def test_ids_that_are_wrong(tmp_path, folder):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     (tmp_path / "index").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     with pytest.raises(ValueError, match="is no index of ids"):
+        index_of(names)
+    (tmp_path / "index").unlink()
+    index_of(names)
+    monkeypatch.setattr(_files, "FORMAT_VERSION", 0)
+    with pytest.raises(ValueError, match=r"format version 1, newer than .* remove it, and it is made anew"):
+        index_of(names)
+    monkeypatch.undo()
+    rf.Moments(3).save(tmp_path / "index")
+    with pytest.raises(ValueError, match="is no index of ids: it holds 'moments'"):
         index_of(names)
 
 

@@ -235,7 +235,6 @@ class ReVisionForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 @torch.no_grad()
-@torch.no_grad()
 def check_packing(model: ReVisionForCausalLM) -> None:
     """Try on a few tokens whether the language model keeps packed samples apart; ValueError if it does not."""
     # In two rows: flash attention looks for packed samples in a single one alone.
