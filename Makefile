@@ -12,7 +12,7 @@ CXX_FILES = $(EXTENSION_FILES) $(CXX_TESTS) $(wildcard tests/cpp/*.h tests/cpp/e
 INSTALLED = $(VENV)/installed
 INSTALLED_FROM = pyproject.toml setup.py constraints.txt $(EXTENSION_FILES)
 
-.PHONY: test test-all demo bench lint types sanitize clean
+.PHONY: test test-all demo bench docs lint types sanitize clean
 .DEFAULT_GOAL = test
 
 # The GPU kernels are compiled in one process and interpreted in another: Triton does either.
@@ -43,6 +43,18 @@ bench: $(INSTALLED)
 	$(BIN)/python bench/commands.py --json bench/results/commands.json
 	$(BIN)/python bench/settle.py --json bench/results/settle.json
 	$(BIN)/python bench/tables.py
+
+# Pages of the public modules, and what each command says of itself.
+DOCUMENTED = $(addprefix realign_fast.,alignment data nn ray distributed export encode benchmark revision.data \
+	revision.training revision.generation geometry.metrics geometry.neighbors geometry.frame geometry.spectra \
+	geometry.two_sample geometry.centroids geometry.protocol)
+COMMANDS = fit stats merge apply convert inspect verify report bench export embed pretrain finetune generate demo
+# pdoc does not find the names in annotations of a NamedTuple.
+PDOC = -W 'ignore:Error parsing type annotation ForwardRef' -m pdoc --docformat numpy --no-show-source
+docs: $(INSTALLED)
+	rm -rf build/docs
+	$(BIN)/python $(PDOC) --output-directory build/docs realign_fast realign_fast.geometry realign_fast.revision $(DOCUMENTED)
+	set -e; for command in $(COMMANDS); do $(BIN)/realign $$command --help; echo; done > build/docs/commands.txt
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

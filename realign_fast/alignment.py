@@ -33,6 +33,17 @@ from .io.sources import Batch, Done, Source, file_paths, open_source
 from .methods import METHODS, Method, Parameters, Solution, check_sets, get_method, unit_length
 from .moments import Moments, OnBadRows, Precision, check_on_bad_rows
 
+__all__ = [
+    "Alignment",
+    "Drift",
+    "DriftWarning",
+    "SetStatistics",
+    "apply_files",
+    "fit",
+    "fit_from_moments",
+    "gather_moments",
+]
+
 Side = Literal["source", "target"]
 
 # Newton's matrix is estimated on about so many rows of the sample; an estimate only costs steps, never accuracy.
@@ -248,6 +259,8 @@ class Alignment:
             `(..., dim)` array or tensor, or `Moments` gathered from a stream.
         side
             Which of the two sets they are compared with.
+        num_threads
+            As `transform`.
 
         Raises
         ------
@@ -621,8 +634,12 @@ def apply_files(
 
     Parameters
     ----------
+    alignment
+        A fitted one.
     text
         A path, glob, directory or list of paths.
+    out_dir
+        Made if missing.
     dtype
         Of the embeddings written; by default that of the input.
     format
@@ -635,6 +652,8 @@ def apply_files(
         Names of the columns in files that have several.
     resume, overwrite
         What to do with an output folder that is not empty: go on where an earlier run ended, or start again.
+    progress
+        Show progress on stderr.
     ranks
         The processes that divide the files between them: all call this alike.
 

@@ -275,6 +275,28 @@ def test_it_goes_on_with_the_same_next_sample(folder, alignment, shuffle, batch_
         EmbeddingStream(folder, alignment, batch_size, shuffle, 2, rank=1, world_size=2).load_state_dict(state)
 
 
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
+@pytest.mark.parametrize("buffer_rows", [96, 600])  # of 600 one worker is done long before the other
+@pytest.mark.parametrize("stop", [0, 1, 2, 13, 30])
+def test_a_loader_with_workers_goes_on_with_the_same_next_batch(folder, alignment, buffer_rows, stop):
+    stateful = pytest.importorskip("torchdata.stateful_dataloader")
+
+    def make(epoch, persistent=False):
+        stream = EmbeddingStream(folder, alignment, 32, True, 1, buffer_rows=buffer_rows)
+        stream.set_epoch(epoch)
+        options = {"num_workers": 2, "persistent_workers": persistent}
+        return stateful.StatefulDataLoader(stream, batch_size=None, **options)
+
+    whole = ids_of(make(4))
+    loader = make(4)
+    begun = [batch for _, batch in zip(range(stop), loader, strict=False)]
+    state = pickle.loads(pickle.dumps(loader.state_dict()))
+    again = make(0, persistent=True)
+    again.load_state_dict(state)
+    assert ids_of([*begun, *again]) == whole
+    assert ids_of(again) == whole  # the next epoch begins at its beginning
+
+
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_share_the_rows(folder, whole, alignment, id_files, tmp_path, context):
     arguments = {"ids": id_files, "index": tmp_path / "index"}

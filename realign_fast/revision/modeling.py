@@ -21,6 +21,13 @@ class Projector(nn.Sequential):
     until there are `num_visual_tokens`. Or they are `(n, patches, embedding_dim)`, projected patch by patch. Of any
     floating dtype; it computes in that of its weights. ValueError for other shapes, and for the identity between
     different dimensions.
+
+    Parameters
+    ----------
+    config
+        Of the model.
+    hidden_size
+        Of the language model: dimension of its token embeddings.
     """
 
     def __init__(self, config: ReVisionConfig, hidden_size: int) -> None:

@@ -36,6 +36,18 @@ from .config import ReVisionConfig
 from .data import PLAIN_TEMPLATE, Records, ReVisionCollator, ReVisionDataset, add_image_token
 from .modeling import ReVisionForCausalLM, check_packing
 
+__all__ = [
+    "FinetuneArguments",
+    "FinetuneTrainerArguments",
+    "PretrainArguments",
+    "ReVisionTrainer",
+    "StageArguments",
+    "TrainerArguments",
+    "finetune",
+    "pretrain",
+    "run_stage",
+]
+
 _PROJECTOR = "projector.safetensors"
 _ALIGNMENT = "alignment.safetensors"
 _STATE = "trainer_state.json"
@@ -122,7 +134,7 @@ class ReVisionTrainer(Trainer):
     data_collator: Any
 
     def get_eval_dataloader(self, *arguments: Any, **options: Any) -> Any:
-        """Return it as transformers does, without the noise of training."""
+        """Return it as transformers does, of the same arguments and options, without the noise of training."""
         noisy, self.data_collator = self.data_collator, replace(self.data_collator, noise_std=0.0)
         try:
             return super().get_eval_dataloader(*arguments, **options)
@@ -173,6 +185,13 @@ def _projector_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def pretrain(arguments: PretrainArguments, training: TrainerArguments) -> dict[str, Any] | None:
     """Run stage 1: the language model is frozen, the projector learns from aligned text.
 
+    Parameters
+    ----------
+    arguments
+        What is trained, and on what.
+    training
+        How, as transformers takes it.
+
     Returns
     -------
     dict or None
@@ -195,8 +214,8 @@ def pretrain(arguments: PretrainArguments, training: TrainerArguments) -> dict[s
 def finetune(arguments: FinetuneArguments, training: TrainerArguments) -> dict[str, Any] | None:
     """Run stage 2: real image embeddings; language model and projector learn, or LoRA and the projector.
 
-    Returns and raises as `pretrain`. A model trained with LoRA is written as a whole, with what LoRA has learnt added
-    in; under FSDP and DeepSpeed its adapter is written.
+    Takes, returns and raises as `pretrain`. A model trained with LoRA is written as a whole, with what LoRA has learnt
+    added in; under FSDP and DeepSpeed its adapter is written.
     """
     checkpoint, inputs = _begin(arguments, training)
     model, tokenizer = _load(arguments, inputs, arguments.dtype or ("auto" if arguments.lora_r else "float32"))
@@ -401,7 +420,7 @@ _STAGES: dict[str, tuple[Any, Any, Any]] = {
 
 
 def run_stage(name: str, argv: Sequence[str]) -> dict[str, Any] | None:
-    """Run the stage "pretrain" or "finetune" with the flags of a command line; see there."""
+    """Run the stage that `name` says, "pretrain" or "finetune", with the flags `argv` of a command line; see there."""
     arguments, training, stage = _STAGES[name]
     parser = HfArgumentParser((arguments, training), prog=f"realign {name}", description=stage.__doc__.split("\n")[0])
     parsed = parser.parse_args_into_dataclasses(list(argv))
