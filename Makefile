@@ -45,16 +45,18 @@ bench: $(INSTALLED)
 	$(BIN)/python bench/tables.py
 
 # Pages of the public modules, and what each command says of itself.
-DOCUMENTED = $(addprefix realign_fast.,alignment data nn ray distributed export encode benchmark revision.data \
-	revision.training revision.generation geometry.metrics geometry.neighbors geometry.frame geometry.spectra \
-	geometry.two_sample geometry.centroids geometry.protocol)
+DOCS = build/docs
+DOCUMENTED = realign_fast $(addprefix realign_fast.,alignment data nn ray distributed export encode benchmark geometry \
+	geometry.metrics geometry.neighbors geometry.frame geometry.spectra geometry.two_sample geometry.centroids \
+	geometry.protocol revision revision.data revision.training revision.generation)
 COMMANDS = fit stats merge apply convert inspect verify report bench export embed pretrain finetune generate demo
-# pdoc does not find the names in annotations of a NamedTuple.
-PDOC = -W 'ignore:Error parsing type annotation ForwardRef' -m pdoc --docformat numpy --no-show-source
+
+# pdoc does not find the names that a NamedTuple's annotations mean.
 docs: $(INSTALLED)
-	rm -rf build/docs
-	$(BIN)/python $(PDOC) --output-directory build/docs realign_fast realign_fast.geometry realign_fast.revision $(DOCUMENTED)
-	set -e; for command in $(COMMANDS); do $(BIN)/realign $$command --help; echo; done > build/docs/commands.txt
+	rm -rf $(DOCS)
+	$(BIN)/python -W error -W 'ignore:Error parsing type annotation ForwardRef' \
+		-m pdoc --docformat numpy --no-show-source --output-directory $(DOCS) $(DOCUMENTED)
+	set -e; for command in $(COMMANDS); do $(BIN)/realign $$command --help; echo; done > $(DOCS)/commands.txt
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -568,6 +568,9 @@ def fit_from_moments(
 ) -> Alignment:
     """Fit an alignment from statistics gathered elsewhere, on other machines or other days.
 
+    Parameters that are not explained here, the result and the errors are those of `fit`; the report has no "in_sample"
+    and "held_out".
+
     Parameters
     ----------
     text_moments, image_moments
@@ -575,8 +578,6 @@ def fit_from_moments(
     text
         The rows that `text_moments` count, in any of the forms of `fit`; needed by methods that read the text again
         ("realign").
-
-    The other parameters, the result and the errors are those of `fit`; the report has no "in_sample" and "held_out".
     """
     solver = get_method(method, options)
     check_on_bad_rows(on_bad_rows)

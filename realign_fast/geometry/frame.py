@@ -20,6 +20,21 @@ from ..moments import Moments
 from ._rows import covariance_of, unit_pairs, unit_rows
 from .spectra import anisotropy, effective_dimension
 
+__all__ = [
+    "Components",
+    "Decomposition",
+    "Frame",
+    "PhantomDrift",
+    "Plane",
+    "components",
+    "decompose",
+    "frame_of",
+    "largest_angle",
+    "phantom_drift",
+    "principal_plane",
+    "project",
+]
+
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
 

@@ -155,12 +155,12 @@ def sliced_wasserstein(
 ) -> Distance:
     """Return the sliced 2-Wasserstein distance: the root of the mean square, over directions, of that of projections.
 
+    Parameters that are not explained here, and what is raised, are those of `mmd`.
+
     Parameters
     ----------
     num_projections
         Random directions, drawn by `seed`.
-
-    The other parameters, and what is raised, are those of `mmd`.
     """
     check_count("num_projections", num_projections, least=1)
     sets = _sets(source, target, num_rows, seed)

@@ -60,7 +60,7 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass
 class StageArguments:
-    """What both stages take beside the arguments of transformers."""
+    """What both stages take beside the arguments of transformers; `realign pretrain --help` says what each is."""
 
     model: str = _option(None, "name or folder of the language model, or of a model that a stage has written")
     data: list[str] | None = _option(None, "records in JSON or JSONL")
@@ -89,14 +89,14 @@ class StageArguments:
 
 @dataclass
 class PretrainArguments(StageArguments):
-    """Those of stage 1."""
+    """What stage 1 takes beside them."""
 
     noise_std: float | None = _option(None, "noise of an element of an aligned embedding; default: the map's own")
 
 
 @dataclass
 class FinetuneArguments(StageArguments):
-    """Those of stage 2."""
+    """What stage 2 takes beside them; `realign finetune --help` says what each is."""
 
     lora_r: int | None = _option(None, "rank of LoRA; default: all weights are trained")
     lora_alpha: float | None = _option(None, "its scale; default: twice the rank")
@@ -119,7 +119,7 @@ class TrainerArguments(TrainingArguments):
 
 @dataclass
 class FinetuneTrainerArguments(TrainerArguments):
-    """With those of the second."""
+    """`TrainingArguments` with the settings of the second."""
 
     learning_rate: float = _option(1e-5, "the published one")
 
