@@ -147,7 +147,8 @@ class ReVisionTrainer(Trainer):
         if self.args.should_save and isinstance(model, ReVisionForCausalLM):
             folder.mkdir(parents=True, exist_ok=True)
             state = model.state_dict() if state_dict is None else state_dict
-            _projectors.save(folder / _PROJECTOR, _projector_of(state), "realign")
+            if projector := _projector_of(state):  # the identity has nothing to write
+                _projectors.save(folder / _PROJECTOR, projector, "realign")
             frozen = not any(parameter.requires_grad for parameter in model.language_model.parameters())
             if frozen and folder.name.startswith(PREFIX_CHECKPOINT_DIR):
                 return
