@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
 from bisect import bisect_left
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from realign_fast.revision import ReVisionConfig, ReVisionForCausalLM
 HERE = Path(__file__).parent
 PAGE = (HERE.parent / "FORMATS.md").read_text()
 VERSIONS = sorted(path.name for path in (HERE / "files").iterdir() if path.is_dir() and path.name[0].isdigit())
+THIS = ".".join(rf.__version__.split(".")[:2])
 DTYPES = {"F64": "<f8", "F32": "<f4", "I64": "<i8", "U64": "<u8", "U8": "u1"}
 TYPES = {
     "integer": (int,), "string": (str,), "object": (dict,), "array": (list,), "boolean": (bool,),
@@ -138,7 +141,18 @@ def ours(folder: Path) -> list[Path]:
 
 
 def test_files_of_this_version_are_kept():
-    assert ".".join(rf.__version__.split(".")[:2]) in VERSIONS
+    assert THIS in VERSIONS
+
+
+@pytest.mark.slow
+def test_the_script_makes_the_files_of_this_version(tmp_path):
+    script = shutil.copy(HERE / "files" / "make.py", tmp_path)
+    subprocess.run([sys.executable, script], check=True, capture_output=True)
+    made, kept = (sorted(str(path.relative_to(top / THIS)) for path in (top / THIS).rglob("*"))
+                  for top in (tmp_path, HERE / "files"))  # fmt: skip
+    assert made == kept
+    again = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert (again.returncode, "files of a version are made once" in again.stderr) == (1, True)
 
 
 def test_every_file_has_the_layout_of_the_page(kept):
