@@ -25,10 +25,10 @@ def public_in(module: str) -> list[ast.FunctionDef | ast.ClassDef]:
     """Return the functions and classes that a module exports, of a package those of its modules."""
     path = ROOT.joinpath(*module.split("."))
     init = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    (exported,) = re.findall(r"^__all__ = (\[.*?\])", init.read_text(), flags=re.MULTILINE | re.DOTALL)
+    exported = "".join(re.findall(r"^__all__ \+?= (\[.*?\])", init.read_text(), flags=re.MULTILINE | re.DOTALL))
     trees = [ast.parse(each.read_text()) for each in (path.glob("*.py") if path.is_dir() else [init])]
     nodes = [node for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    return [node for node in nodes if node.name in ast.literal_eval(exported)]
+    return [node for node in nodes if f'"{node.name}"' in exported]
 
 
 def parameters_of(function: ast.FunctionDef) -> list[str]:

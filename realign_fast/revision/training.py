@@ -36,17 +36,8 @@ from .config import ReVisionConfig
 from .data import PLAIN_TEMPLATE, Records, ReVisionCollator, ReVisionDataset, add_image_token
 from .modeling import ReVisionForCausalLM, check_packing
 
-__all__ = [
-    "FinetuneArguments",
-    "FinetuneTrainerArguments",
-    "PretrainArguments",
-    "ReVisionTrainer",
-    "StageArguments",
-    "TrainerArguments",
-    "finetune",
-    "pretrain",
-    "run_stage",
-]
+__all__ = ["FinetuneArguments", "FinetuneTrainerArguments", "PretrainArguments", "ReVisionTrainer", "StageArguments"]
+__all__ += ["TrainerArguments", "finetune", "pretrain", "run_stage"]
 
 _PROJECTOR = "projector.safetensors"
 _ALIGNMENT = "alignment.safetensors"
