@@ -12,7 +12,7 @@ CXX_FILES = $(EXTENSION_FILES) $(CXX_TESTS) $(wildcard tests/cpp/*.h tests/cpp/e
 INSTALLED = $(VENV)/installed
 INSTALLED_FROM = pyproject.toml setup.py constraints.txt $(EXTENSION_FILES)
 
-.PHONY: test test-all demo bench lint types sanitize clean
+.PHONY: test test-all demo bench docs lint types sanitize clean
 .DEFAULT_GOAL = test
 
 # The GPU kernels are compiled in one process and interpreted in another: Triton does either.
@@ -43,6 +43,20 @@ bench: $(INSTALLED)
 	$(BIN)/python bench/commands.py --json bench/results/commands.json
 	$(BIN)/python bench/settle.py --json bench/results/settle.json
 	$(BIN)/python bench/tables.py
+
+# Pages of the public modules, and what each command says of itself.
+DOCS = build/docs
+DOCUMENTED = realign_fast $(addprefix realign_fast.,alignment data nn ray distributed export encode benchmark geometry \
+	geometry.metrics geometry.neighbors geometry.frame geometry.spectra geometry.two_sample geometry.centroids \
+	geometry.protocol revision revision.data revision.training revision.generation)
+COMMANDS = fit stats merge apply convert inspect verify report bench export embed pretrain finetune generate demo
+
+# pdoc does not find the names that a NamedTuple's annotations mean.
+docs: $(INSTALLED)
+	rm -rf $(DOCS)
+	$(BIN)/python -W error -W 'ignore:Error parsing type annotation ForwardRef' \
+		-m pdoc --docformat numpy --no-show-source --output-directory $(DOCS) $(DOCUMENTED)
+	set -e; for command in $(COMMANDS); do $(BIN)/realign $$command --help; echo; done > $(DOCS)/commands.txt
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,11 +1,6 @@
-"""The files of the package, alignments, moments and what a fit has read: safetensors with one JSON header entry.
+"""The files of the package: safetensors with one JSON header entry, as FORMATS.md specifies them.
 
-Format version 1: the tensors that the kind names, little-endian, and under the metadata key `realign_fast` a JSON
-object with `format` (the version), `kind` ("alignment", "moments", "window" or "partial"), `package` (the version that
-wrote it) and the fields of the kind. Equal contents give equal bytes. Version 2 adds to moments the tensors `pilot`
-(dim,) and `products` (dim, dim), the lower triangle of the sum of (u - pilot)(u - pilot)^T; a file without them is
-written as version 1. Of the kind "window", version 2, are the moments of several parts: their tensors along a first
-axis, their fields in a list `parts`, with a `name` each.
+Equal contents give equal bytes, and a file states the oldest version of the format that can hold it.
 """
 
 from __future__ import annotations
@@ -74,7 +69,7 @@ def save(
     fields: Mapping[str, Any],
     *,
     version: int = 1,
-    max_bytes: int = MAX_FILE_BYTES,
+    max_bytes: int | None = MAX_FILE_BYTES,
 ) -> None:
     """Write a file of `kind`, whole or not at all; `version` is the oldest of the format that can hold it."""
     header: dict[str, Any] = {"format": version, "kind": kind, "package": __version__, **fields}
@@ -89,7 +84,7 @@ def save(
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     size = 8 + len(text) + end
-    if size > max_bytes:
+    if max_bytes is not None and size > max_bytes:
         raise ValueError(f"{path} would have {size} bytes, more than the {max_bytes} that are read again")
     with replacing(Path(path)) as temporary, temporary.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -141,7 +136,7 @@ def load_all(
 
 
 def kind_of(path: str | os.PathLike[str]) -> str | None:
-    """Return "alignment" or "moments" if `path` is such a file, None for any other file.
+    """Return which kind of file of ours `path` is, such as "alignment" or "moments", None for any other file.
 
     Raises
     ------
@@ -168,18 +163,25 @@ def _read(
         raise ValueError(f"{path} has {size} bytes, more than a file of ours can have")
     try:
         with safe_open(os.fspath(path), framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if _KEY not in metadata:
-                raise ValueError(f"{path} was not written by realign-fast: its header has no {_KEY!r}")
-            fields = json.loads(metadata[_KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, json.JSONDecodeError, RecursionError, TypeError, AttributeError) as error:
+            fields = header_of(path, file.metadata() or {})
+            return {name: file.get_tensor(name) for name in file.keys()}, fields  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
-    if not isinstance(fields, dict) or type(fields.get("format")) is not int:
+
+
+def header_of(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return the JSON object in the metadata of a file of ours; ValueError as `kind_of`, and for any other file."""
+    if _KEY not in metadata:
+        raise ValueError(f"{path} was not written by realign-fast: its header has no {_KEY!r}")
+    try:
+        fields = json.loads(metadata[_KEY])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(fields, dict) or type(fields.get("format")) is not int or fields["format"] < 1:
         raise ValueError(f"{path}: header entry {_KEY!r} does not state its format")
     if fields["format"] > FORMAT_VERSION:
         raise ValueError(
             f"{path} has format version {fields['format']}, newer than the {FORMAT_VERSION} that this package reads: "
             "upgrade realign-fast"
         )
-    return tensors, fields
+    return fields

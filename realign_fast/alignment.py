@@ -30,8 +30,19 @@ from ._transform import Steps, transform_by, transform_rows
 from .backends import check_has_kernels, choose, find_device
 from .io._manifest import encoder_in
 from .io.sources import Batch, Done, Source, file_paths, open_source
-from .methods import Method, Parameters, Solution, check_sets, get_method, unit_length
+from .methods import METHODS, Method, Parameters, Solution, check_sets, get_method, unit_length
 from .moments import Moments, OnBadRows, Precision, check_on_bad_rows
+
+__all__ = [
+    "Alignment",
+    "Drift",
+    "DriftWarning",
+    "SetStatistics",
+    "apply_files",
+    "fit",
+    "fit_from_moments",
+    "gather_moments",
+]
 
 Side = Literal["source", "target"]
 
@@ -248,6 +259,8 @@ class Alignment:
             `(..., dim)` array or tensor, or `Moments` gathered from a stream.
         side
             Which of the two sets they are compared with.
+        num_threads
+            As `transform`.
 
         Raises
         ------
@@ -314,13 +327,14 @@ class Alignment:
             wanted = (dim, dim) if name.endswith("matrix") else (dim,)
             if tensors[name].shape != wanted:
                 raise ValueError(f"{path}: tensor {name!r} must have shape {wanted}, got {tensors[name].shape}")
+        if (method := str(fields.get("method"))) not in METHODS:
+            raise ValueError(f"{path} was fitted by method {method!r}, which this package does not know: upgrade it")
         try:
-            get_method(fields["method"], {})
             noise_std = float(fields.get("noise_std", 0))
             if not (0 <= noise_std < np.inf):
                 raise ValueError(f"noise_std is {noise_std}")
             return cls(
-                fields["method"],
+                method,
                 Parameters(
                     float(tensors["scale"][0]),
                     frozen(tensors["shift"]),
@@ -554,6 +568,9 @@ def fit_from_moments(
 ) -> Alignment:
     """Fit an alignment from statistics gathered elsewhere, on other machines or other days.
 
+    Parameters that are not explained here, the result and the errors are those of `fit`; the report has no "in_sample"
+    and "held_out".
+
     Parameters
     ----------
     text_moments, image_moments
@@ -561,8 +578,6 @@ def fit_from_moments(
     text
         The rows that `text_moments` count, in any of the forms of `fit`; needed by methods that read the text again
         ("realign").
-
-    The other parameters, the result and the errors are those of `fit`; the report has no "in_sample" and "held_out".
     """
     solver = get_method(method, options)
     check_on_bad_rows(on_bad_rows)
@@ -620,8 +635,12 @@ def apply_files(
 
     Parameters
     ----------
+    alignment
+        A fitted one.
     text
         A path, glob, directory or list of paths.
+    out_dir
+        Made if missing.
     dtype
         Of the embeddings written; by default that of the input.
     format
@@ -634,6 +653,8 @@ def apply_files(
         Names of the columns in files that have several.
     resume, overwrite
         What to do with an output folder that is not empty: go on where an earlier run ended, or start again.
+    progress
+        Show progress on stderr.
     ranks
         The processes that divide the files between them: all call this alike.
 

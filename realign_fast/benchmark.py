@@ -23,16 +23,19 @@ from ._dtypes import DTYPES, empty, storage
 from ._version import __version__
 from .backends import count_threads
 
+__all__ = ["interleave", "kernel_cases", "machine", "rows_of", "run", "summarise"]
+
 DIMS = (512, 768, 1024, 1280, 4096)
 _BYTES, _QUICK_BYTES = 1 << 30, 64 << 20
 _PAUSE_S = 0.02
 
 
 def interleave(cases: Mapping[str, Callable[[], object]], rounds: int, calls: int = 1) -> dict[str, list[float]]:
-    """Return the seconds a call of each case took in each of `rounds` rounds, after one that is not counted.
+    """Return the seconds a call of each of the `cases` took in each of `rounds` rounds, after one that is not counted.
 
-    Short cases are called many times in a round, so that each finds the caches as it leaves them. A pause before each
-    lets the threads of the case before go to sleep: they look for work for some milliseconds and hold their cores.
+    Short cases are called many times in a round, `calls`, so that each finds the caches as it leaves them. A pause
+    before each lets the threads of the case before go to sleep: they look for work for some milliseconds and hold their
+    cores.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds + 1):
@@ -46,13 +49,13 @@ def interleave(cases: Mapping[str, Callable[[], object]], rounds: int, calls: in
 
 
 def summarise(times: list[float]) -> dict[str, float]:
-    """Return median, and the spread as half the distance of the quartiles over the median."""
+    """Return `median_s` of times in seconds, and `spread`, half the distance of the quartiles over the median."""
     low, median, high = np.percentile(times, [25, 50, 75])
     return {"median_s": float(median), "spread": float((high - low) / 2 / median)}
 
 
 def machine(packages: tuple[str, ...] = ("pyarrow",)) -> dict[str, Any]:
-    """Return what a figure must not be read without: processor, cores, instruction set, versions of these packages."""
+    """Return what a figure must not be read without: processor, cores, instruction set, versions of `packages`."""
     model, flags = platform.processor() or platform.machine(), ""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -79,7 +82,7 @@ def machine(packages: tuple[str, ...] = ("pyarrow",)) -> dict[str, Any]:
 
 
 def rows_of(count: int, dim: int, dtype: str) -> NDArray[Any]:
-    """Return `(count, dim)` rows in memory of their own, none of them zero."""
+    """Return `(count, dim)` rows of `dtype`, bfloat16 as uint16, in memory of their own, none of them zero."""
     pattern = np.random.default_rng(0).normal(0.02, 1 / np.sqrt(dim), (min(count, 1024), dim)).astype(np.float32)
     if dtype == "bfloat16":
         pattern = (pattern.view(np.uint32) >> 16).astype(np.uint16)
@@ -91,7 +94,10 @@ def rows_of(count: int, dim: int, dtype: str) -> NDArray[Any]:
 
 
 def kernel_cases(rows: NDArray[Any], out: NDArray[Any], dtype: str, threads: int) -> dict[str, Callable[[], object]]:
-    """Return one call of each kernel into `out`, and of each measure of the machine, over these rows."""
+    """Return one call of each kernel, and of each measure of the machine, by name.
+
+    They read `rows` `(n, dim)` of `dtype` and write into `out`, which is like them, with so many `threads`.
+    """
     dim = rows.shape[1]
     sums = np.zeros(dim, np.int64)
     rng = np.random.default_rng(1)

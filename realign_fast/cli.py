@@ -273,6 +273,7 @@ def _inspect(arguments: argparse.Namespace) -> dict[str, Any]:
     from .alignment import Alignment
     from .io.sources import open_source
     from .moments import Moments
+    from .whitening import Whitener
     from .window import MomentsWindow
 
     path = Path(arguments.file)
@@ -286,6 +287,10 @@ def _inspect(arguments: argparse.Namespace) -> dict[str, Any]:
         described = {"kind": kind, "size": window.size, "parts": len(window), "names": window.names}
         total = window.total
         described |= _describe_moments(total) if total.count else {"dim": total.dim}
+    elif kind == "whitener":
+        whitener = Whitener.load(path)
+        described = {"kind": kind, "whitening": whitener.kind, "dim": whitener.dim, "out_dim": len(whitener.matrix)}
+        described |= {"rows": whitener.count, "shrinkage": whitener.shrinkage}
     else:
         source = open_source(path, name="file", column=arguments.embedding_column)
         described = {"kind": "embeddings", "rows": source.num_rows, "dim": source.dim, "dtype": source.dtype}
@@ -549,7 +554,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_columns(convert)
     _add_id_column(convert)
 
-    inspect = command("inspect", _inspect, "say what an alignment, moments or a shard holds")
+    inspect = command("inspect", _inspect, "say what an alignment, moments, a window, a whitener or a shard holds")
     inspect.add_argument("file", metavar="FILE")
     _add_columns(inspect)
 

@@ -375,8 +375,15 @@ class EmbeddingStream(IterableDataset[Sample]):
                     f"{num_workers}"
                 )
             epoch, done = int(begin["epoch"]), int(begin["done"])
+        # Already now: a loader may ask a worker where it stands before its first batch.
+        self._now = worker, num_workers, epoch, done
+        return self._samples(worker, num_workers, epoch, done, in_worker=info is not None)
+
+    def _samples(
+        self, worker: int, num_workers: int, epoch: int, done: int, *, in_worker: bool
+    ) -> Generator[Sample, None, None]:
         batches = self._batches(worker, num_workers, epoch, done)
-        if info is None:  # in a worker, the loader itself works ahead
+        if not in_worker:  # there, the loader itself works ahead
             batches = prefetch(batches, 2)
         for embeddings, ids in batches:
             if self.batch_size:
@@ -388,7 +395,8 @@ class EmbeddingStream(IterableDataset[Sample]):
                 done += 1
                 self._now = worker, num_workers, epoch, done
                 yield {"embedding": embedding, "id": each}
-        self._now = None
+        if not in_worker:  # one that is done waits for the others, with nothing left to give
+            self._now = None
 
     def _batches(
         self, worker: int, num_workers: int, epoch: int, done: int

@@ -14,6 +14,8 @@ except ModuleNotFoundError as missing:
 
 from .moments import Moments
 
+__all__ = ["all_reduce"]
+
 
 def all_reduce(moments: Moments, group: Any = None) -> Moments:
     """Return, in every process of the group, the moments of all their rows; those given stay as they are.

@@ -32,7 +32,7 @@ from .backends import count_threads
 from .io._prefetch import prefetch
 from .io._shards import ShardWriter
 
-__all__ = ["ImageEncoder", "TextEncoder", "embed_images", "embed_texts"]
+__all__ = ["Encoder", "ImageEncoder", "TextEncoder", "embed_images", "embed_texts"]
 
 OnBadRows = Literal["raise", "skip"]
 
@@ -44,7 +44,7 @@ Inputs = dict[str, torch.Tensor]
 
 
 class Encoder(ABC):
-    """One side of a dual encoder, frozen.
+    """One side of a dual encoder, frozen; its parameters are those of `TextEncoder`.
 
     Attributes
     ----------

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import faiss
     import onnx
 
+__all__ = ["save", "to_faiss", "to_onnx"]
+
 _OPSET = 18
 
 
@@ -24,6 +26,17 @@ def save(
     alignment: Alignment, path: str | os.PathLike[str], to: Literal["faiss", "onnx"], *, side: Side = "source"
 ) -> None:
     """Write the map to a file of FAISS (`faiss.read_index`) or ONNX, whole or not at all.
+
+    Parameters
+    ----------
+    alignment
+        A fitted one.
+    path
+        The file.
+    to
+        "faiss", what `to_faiss` returns, or "onnx", what `to_onnx` does.
+    side
+        Whose map: "source" or "target".
 
     Raises
     ------
@@ -95,6 +108,11 @@ def to_onnx(alignment: Alignment, *, side: Side = "source") -> onnx.ModelProto:
 
     Rows are divided by their largest magnitude first, so that no square overflows. Noise ("c3") is left out, and
     nothing is refused: what becomes of a row with NaN or infinity is not defined.
+
+    Parameters
+    ----------
+    alignment, side
+        As `to_faiss`.
 
     Raises
     ------

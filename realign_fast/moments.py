@@ -189,7 +189,7 @@ class Moments:
         return Accumulator(self.dim, rows.device, products.pilot, self.precision)
 
     def add_accumulator(self, accumulator: Accumulator, on_bad_rows: OnBadRows) -> None:
-        """Add what it has added up; waits for its device."""
+        """Add what the `accumulator` has added up, bad rows as `on_bad_rows` says; waits for its device."""
         self.add_sums(*accumulator.read(), on_bad_rows)
         products = accumulator.read_products()
         if products is not None and self._products is not None:
@@ -238,7 +238,10 @@ class Moments:
         on_bad_rows: OnBadRows,
         num_threads: int | None = None,
     ) -> None:
-        """Add what `affine`, if any, and then `row_map` make of each row, without writing it anywhere."""
+        """Add what `affine`, if any, and then `row_map` make of each of the `rows`, without writing it anywhere.
+
+        `on_bad_rows` and `num_threads` as in `update`.
+        """
         check_on_bad_rows(on_bad_rows)
         self._check_room(len(rows.values))
         sums = np.zeros_like(self._sums)
@@ -257,7 +260,10 @@ class Moments:
     def add_sums(
         self, sums: NDArray[np.int64], num_rows: int, bad: tuple[int, int, int], on_bad_rows: OnBadRows
     ) -> None:
-        """Add what a kernel found in `num_rows` rows: their fixed-point sums `(dim,)` and the bad ones among them."""
+        """Add what a kernel found in `num_rows` rows: their fixed-point `sums` `(dim,)` and the `bad` ones among them.
+
+        What becomes of these, `on_bad_rows` says as in `update`.
+        """
         raise_if_bad(bad, on_bad_rows, "batch")
         num_bad = bad[0] + bad[1]
         self._sums += sums
@@ -456,7 +462,10 @@ class Moments:
 
     @classmethod
     def of_state(cls, path: object, tensors: Mapping[str, NDArray[Any]], fields: Mapping[str, Any]) -> Moments:
-        """Return the moments that had this state; ValueError, naming `path`, where no moments have it."""
+        """Return the moments of which `state` gave these `tensors` and `fields`.
+
+        ValueError, naming `path`, where no moments have them.
+        """
         counts: dict[str, int] = {}
         for name in ("count", "num_zero", "num_skipped"):
             value = fields.get(name)

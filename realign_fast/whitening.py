@@ -74,7 +74,7 @@ class Whitener:
         limit: int | None = None,
         progress: bool = False,
     ) -> Whitener:
-        """Fit on a set of rows, read once.
+        """Fit on a set of rows, read once; parameters that are not explained here are those of `realign_fast.fit`.
 
         Parameters
         ----------
@@ -87,8 +87,6 @@ class Whitener:
         n_components
             Keep so many principal directions: rows of `(..., n_components)` for "pca", rows of `(..., dim)` without
             the other directions for "zca"; not for "cholesky".
-
-        The other parameters are those of `realign_fast.fit`.
 
         Raises
         ------

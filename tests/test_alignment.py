@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -371,6 +372,9 @@ def test_files_of_a_newer_format_are_refused(tmp_path, alignment, monkeypatch):
     monkeypatch.undo()
     rf.Moments(3).save(path)
     with pytest.raises(ValueError, match="holds 'moments', expected 'alignment'"):
+        rf.Alignment.load(path)
+    replace(alignment, method="later").save(path)
+    with pytest.raises(ValueError, match="method 'later', which this package does not know: upgrade it"):
         rf.Alignment.load(path)
 
 

@@ -476,6 +476,9 @@ def test_inspect_says_what_a_file_holds(folder, fitted, ok, realign):
     rf.Moments(DIM).update(cloud(9, 1)).save(folder / "m.safetensors")
     found = ok("inspect", folder / "m.safetensors")
     assert (found["kind"], found["dim"], found["rows"]) == ("moments", DIM, 9)
+    rf.Whitener.fit(cloud(99, 1), "pca", n_components=2).save(folder / "w.safetensors")
+    found = ok("inspect", folder / "w.safetensors")
+    assert (found["kind"], found["whitening"], found["out_dim"], found["rows"]) == ("whitener", "pca", 2, 99)
     code, found, err = realign("inspect", folder / "text" / "a_2.npy")
     assert code == 0
     assert (found["kind"], found["rows"], found["dim"], found["dtype"]) == ("embeddings", 10, DIM, "float32")

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
 import realign_fast as rf
+from realign_fast import _files
 from realign_fast._errors import BadRowsError
 from realign_fast.data import DriftWarning, EmbeddingDataset, EmbeddingStream, align, align_collate
 
@@ -132,7 +133,7 @@ def test_integer_ids_and_those_of_arrow_files(tmp_path):
     assert data.numbers_of([-19, 107]).tolist() == [7, 49]
 
 
-def test_ids_that_are_wrong(tmp_path, folder):
+def test_ids_that_are_wrong(tmp_path, folder, monkeypatch):
     def index_of(*columns, name="id"):
         (tmp_path / "m").mkdir(exist_ok=True)
         for number, values in enumerate(columns):
@@ -156,6 +157,15 @@ def test_ids_that_are_wrong(tmp_path, folder):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     (tmp_path / "index").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     with pytest.raises(ValueError, match="is no index of ids"):
+        index_of(names)
+    (tmp_path / "index").unlink()
+    index_of(names)
+    monkeypatch.setattr(_files, "FORMAT_VERSION", 0)
+    with pytest.raises(ValueError, match=r"format version 1, newer than .* remove it, and it is made anew"):
+        index_of(names)
+    monkeypatch.undo()
+    rf.Moments(3).save(tmp_path / "index")
+    with pytest.raises(ValueError, match="is no index of ids: it holds 'moments'"):
         index_of(names)
 
 
@@ -263,6 +273,28 @@ def test_it_goes_on_with_the_same_next_sample(folder, alignment, shuffle, batch_
     assert len(list(second)) == len(whole)
     with pytest.raises(ValueError, match="state: seed is 1, this stream has 2"):
         EmbeddingStream(folder, alignment, batch_size, shuffle, 2, rank=1, world_size=2).load_state_dict(state)
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
+@pytest.mark.parametrize("buffer_rows", [96, 600])  # of 600 one worker is done long before the other
+@pytest.mark.parametrize("stop", [0, 1, 2, 13, 30])
+def test_a_loader_with_workers_goes_on_with_the_same_next_batch(folder, alignment, buffer_rows, stop):
+    stateful = pytest.importorskip("torchdata.stateful_dataloader")
+
+    def make(epoch, persistent=False):
+        stream = EmbeddingStream(folder, alignment, 32, True, 1, buffer_rows=buffer_rows)
+        stream.set_epoch(epoch)
+        options = {"num_workers": 2, "persistent_workers": persistent}
+        return stateful.StatefulDataLoader(stream, batch_size=None, **options)
+
+    whole = ids_of(make(4))
+    loader = make(4)
+    begun = [batch for _, batch in zip(range(stop), loader, strict=False)]
+    state = pickle.loads(pickle.dumps(loader.state_dict()))
+    again = make(0, persistent=True)
+    again.load_state_dict(state)
+    assert ids_of([*begun, *again]) == whole
+    assert ids_of(again) == whole  # the next epoch begins at its beginning
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])

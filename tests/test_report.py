@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -220,6 +221,12 @@ def test_report_from_the_command_line(files, tmp_path, capsys):
     assert summary["output"] == str(output / "report.html")
     assert list(summary["methods"]) == ["none", "realign", "c3", "coral"]
     found = figures_of(output)
+    page = (Path(__file__).parents[1] / "FORMATS.md").read_text().partition("## Reports\n")[2].partition("\n## ")[0]
+    keys = [
+        name for cell in re.findall(r"^\| (`.*?) \|", page, flags=re.MULTILINE) for name in re.findall(r"\w+", cell)
+    ]
+    assert sorted(keys) == sorted(found)
+    assert (found["format"], found["version"]) == ("realign-report", 1)
     assert [entry["name"] for entry in found["methods"]] == ["none", "realign", "c3", "coral"]
     realign = found["methods"][1]
     assert [step for step, _ in realign["gap"]["steps"]] == ["none", "anchor", "trace", "realign"]

@@ -31,7 +31,7 @@ from realign_fast.cli import main
 from realign_fast.encode import ImageEncoder, TextEncoder, embed_images, embed_texts
 from realign_fast.revision import ReVisionForCausalLM
 from realign_fast.revision.data import ReVisionDataset
-from realign_fast.revision.training import run_stage
+from realign_fast.revision.training import ReVisionTrainer, TrainerArguments, run_stage
 
 DIM, COUNT = 12, 24
 WORDS = ["a", "red", "green", "blue", "box", "ball", "ring", "left", "right", "describe", "."]
@@ -115,6 +115,15 @@ def first(world, tmp_path_factory):
 def second(world, first, tmp_path_factory):
     out = tmp_path_factory.mktemp("second") / "out"
     return out, finetune(world, out, "--model", first[0], "--learning_rate", "1e-2")
+
+
+def test_a_model_whose_projector_is_the_identity_is_written_too(world, tmp_path):
+    options = {"embedding_dim": 16, "image_token_id": 9, "projector": "identity"}
+    model = ReVisionForCausalLM.from_language_model(world / "lm", **options)
+    training = TrainerArguments(output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none")
+    ReVisionTrainer(model, training).save_model()
+    assert not (tmp_path / "out" / "projector.safetensors").exists()
+    assert ReVisionForCausalLM.from_pretrained(tmp_path / "out").config.projector == "identity"
 
 
 def test_stage_one_leaves_the_language_model_as_it_was(world, first):

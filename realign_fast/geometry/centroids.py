@@ -16,6 +16,8 @@ from .._nearest import similarities
 from .neighbors import Unit, faiss_threads, unit_rows
 from .spectra import jensen_shannon
 
+__all__ = ["Occupancy", "cluster", "occupancy"]
+
 _TRAINING_ROWS = 256  # for each centroid
 
 

@@ -20,6 +20,21 @@ from ..moments import Moments
 from ._rows import covariance_of, unit_pairs, unit_rows
 from .spectra import anisotropy, effective_dimension
 
+__all__ = [
+    "Components",
+    "Decomposition",
+    "Frame",
+    "PhantomDrift",
+    "Plane",
+    "components",
+    "decompose",
+    "frame_of",
+    "largest_angle",
+    "phantom_drift",
+    "principal_plane",
+    "project",
+]
+
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
 
@@ -54,7 +69,7 @@ class Frame:
 
     @classmethod
     def of_moments(cls, text: Moments, image: Moments, energy: float = 0.95) -> Frame:
-        """Return the frame of two sets whose covariances were collected.
+        """Return the frame that holds `energy` of the trace, from moments with covariance of `text` and of `image`.
 
         Raises
         ------
@@ -82,7 +97,7 @@ class Frame:
 
 
 def frame_of(text: object, image: object, energy: float = 0.95) -> Frame:
-    """Return the frame of rows `(n, dim)` and `(m, dim)`, which need not be pairs.
+    """Return the frame of `text` `(n, dim)` and `image` `(m, dim)` that holds `energy` of the trace; no pairs needed.
 
     Raises
     ------
@@ -95,7 +110,7 @@ def frame_of(text: object, image: object, energy: float = 0.95) -> Frame:
 
 
 def largest_angle(a: Frame, b: Frame) -> float:
-    """Return the largest principal angle between two frames, in degrees; of different ranks, from the smaller one.
+    """Return the largest principal angle between frames `a` and `b`, in degrees; of two ranks, from the smaller one.
 
     By its sine and its cosine, so that neither small nor right angles lose digits (Knyazev and Argentati, 2002).
     ValueError where the dimensions differ.
@@ -127,7 +142,7 @@ class Components(NamedTuple):
 
 
 def components(text: object, image: object, frame: Frame) -> Components:
-    """Return the parts of the gap of pairs `(n, dim)`; raises as `decompose` does."""
+    """Return the parts of the gap of pairs, `text` and `image` `(n, dim)`, in a `frame`; raises as `decompose` does."""
     _, gaps = _paired_gaps(text, image, frame)
     mean = gaps.mean(axis=0)
     return Components(*frame.split(mean), *frame.split(gaps - mean))
@@ -173,7 +188,7 @@ class Decomposition:
 
 
 def decompose(text: object, image: object, frame: Frame) -> Decomposition:
-    """Return the biases and residuals of pairs `(n, dim)`, row i of `text` with row i of `image`.
+    """Return the biases and residuals of pairs `(n, dim)`, row i of `text` with row i of `image`, in a `frame`.
 
     Raises
     ------
@@ -323,7 +338,7 @@ class Plane:
 
 
 def principal_plane(text: object, image: object) -> Plane:
-    """Return the plane of largest variance of the unit rows `(n, dim)` and `(m, dim)` taken as one set.
+    """Return the plane of largest variance of unit rows, `text` `(n, dim)` and `image` `(m, dim)` taken as one set.
 
     Each row counts the same, so that a larger set has more to say.
 
@@ -346,6 +361,6 @@ def principal_plane(text: object, image: object) -> Plane:
 
 
 def project(rows: object, plane: Plane) -> Matrix:
-    """Return where the unit rows of `rows` `(n, dim)` lie in a plane, `(n, 2)`; raises for rows that are bad."""
+    """Return where the unit rows of `rows` `(n, dim)` lie in a `plane`, `(n, 2)`; raises for rows that are bad."""
     projected: Matrix = (unit_rows(rows, "rows", dim=len(plane.centre)) - plane.centre) @ plane.directions
     return projected

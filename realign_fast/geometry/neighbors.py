@@ -28,6 +28,20 @@ from .._rows import as_rows
 from ..backends import count_threads
 from ..methods import unit_length
 
+__all__ = [
+    "Mixing",
+    "Neighbours",
+    "Options",
+    "Overlap",
+    "knn_mixing",
+    "knn_overlap",
+    "mixing",
+    "nearest",
+    "overlap",
+    "recall_at",
+    "recalls",
+]
+
 Backend = Literal["auto", "faiss", "torch"]
 Indices = NDArray[np.int64]
 Unit = NDArray[np.float32]
@@ -176,8 +190,8 @@ def nearest(
 def knn_mixing(source: Any, target: Any, k: int = 20, **options: Unpack[Options]) -> float:
     """Return the share of the `k` nearest neighbours (by cosine, self excluded) that come from the other set.
 
-    Both sets `(n, dim)` count as many rows; two samples of one distribution give about one half. See `nearest` for
-    options and what is raised.
+    Both sets, `source` and `target` `(n, dim)`, count as many rows; two samples of one distribution give about one
+    half. See `nearest` for options and what is raised.
     """
     labels, found = _both(source, target, k, **options)
     return float(_other_shares(labels, found.indices).mean())
@@ -248,7 +262,7 @@ def knn_overlap(before: Any, after: Any, k: int = 10, **options: Unpack[Options]
 
 
 def overlap(before: Any, after: Any, k: int = 10, **options: Unpack[Options]) -> Overlap:
-    """Return `knn_overlap` with its interval."""
+    """Return `knn_overlap` of `before` and `after` `(n, dim)` with its interval; `k` and options as there."""
     if len(after) != len(before):
         raise ValueError(f"after must have the {len(before)} rows of before, got {len(after)}")
     found, mapped = (
@@ -276,7 +290,7 @@ def recall_at(queries: Any, candidates: Any, k: int = 1) -> float:
 
 
 def recalls(queries: Any, candidates: Any, ks: Sequence[int] = (1, 5, 10)) -> dict[int, float]:
-    """Return `recall_at` each of `ks`, from one pass over the similarities.
+    """Return `recall_at` each of `ks`, of `queries` and `candidates` `(n, dim)`, from one pass over the similarities.
 
     Raises
     ------

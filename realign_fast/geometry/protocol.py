@@ -16,6 +16,8 @@ from ..alignment import Alignment, fit
 from ..moments import Moments
 from . import centroids, neighbors
 
+__all__ = ["Split", "held_out_gap", "sample_size_curve", "shifted_mixtures", "sizes_up_to", "split", "transfer"]
+
 _SMALLEST, _FEWEST = 100, 8
 _MIXTURE_CLUSTERS = 8
 
@@ -38,7 +40,7 @@ class Split(NamedTuple):
 
 
 def split(text: ArrayLike, image: ArrayLike, *, seed: int = 0, paired: bool = False) -> Split:
-    """Divide two sets at random: into halves, or, of pairs, into thirds.
+    """Divide two sets at random, by `seed`: into halves, or, of pairs, into thirds.
 
     Of paired sets one third gives the text statistics, another the image statistics, and the last is held out: no pair
     has both its rows in the fit.
@@ -70,7 +72,7 @@ def split(text: ArrayLike, image: ArrayLike, *, seed: int = 0, paired: bool = Fa
 def held_out_gap(
     alignment: Alignment, held_text: ArrayLike, held_image: ArrayLike, *, num_threads: int | None = None
 ) -> float:
-    """Return `||mean(out) - mu_x||` over rows `(n, dim)` and `(m, dim)`."""
+    """Return how far the means of `held_text` `(n, dim)` and `held_image` `(m, dim)` are apart once mapped."""
     return _gap(*_mapped(alignment, np.asarray(held_text), np.asarray(held_image), num_threads))
 
 
@@ -119,6 +121,10 @@ def sample_size_curve(
         Rows a side; by default `sizes_up_to` the smaller set.
     num_draws
         Fits of each size.
+    seed
+        Of the draws.
+    num_threads
+        By default the cores this process may use.
 
     Returns
     -------
@@ -158,6 +164,17 @@ def transfer(
     **options: Any,
 ) -> dict[str, Any]:
     """Fit on each domain and measure on the rows held out of every domain.
+
+    Parameters
+    ----------
+    domains
+        The rows of each, by its name.
+    method, options
+        As `fit` takes them.
+    k
+        Neighbours for the mixing.
+    num_threads
+        By default the cores this process may use.
 
     Returns
     -------
@@ -200,6 +217,21 @@ def shifted_mixtures(
 
     The text is clustered (spherical k-means, 8 clusters); every other one of them, by size, loses the share `shift` of
     its rows before the fit. The images stay.
+
+    Parameters
+    ----------
+    rows
+        To fit on, and to measure on.
+    shifts
+        Shares to lose, from 0 to 1.
+    num_centroids
+        Of `centroids.occupancy`.
+    method, options
+        As `fit` takes them.
+    seed
+        Of clusters, centroids and the rows that leave.
+    num_threads
+        By default the cores this process may use.
 
     Returns
     -------

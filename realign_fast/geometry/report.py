@@ -58,7 +58,7 @@ def compare(
     """Measure text against images, as they are and as an alignment maps them.
 
     Centroids, traces, spectra and what follows from covariances are those of all rows; neighbours, cosines, centroids
-    of k-means and two-sample tests those of a sample.
+    of k-means and two-sample tests those of a sample. Parameters that are not explained here are those of `fit`.
 
     Parameters
     ----------
@@ -80,8 +80,6 @@ def compare(
         "raise" or "skip".
     limit
         Look at the first so many rows of each side.
-
-    The other parameters are those of `fit`.
 
     Returns
     -------
@@ -149,7 +147,7 @@ def report(
     """Fit methods to one part of two sets, measure them on another, and write `report.html`, plots and `report.json`.
 
     The sets are divided by row: halves, or, of pairs, thirds, so that no pair has both rows in the statistics. Methods
-    with noise are measured with it.
+    with noise are measured with it. Parameters that are not explained here, and the errors, are those of `compare`.
 
     Parameters
     ----------
@@ -168,8 +166,6 @@ def report(
         Write into a directory that is not empty.
     progress
         Say on stderr what is being done.
-
-    The other parameters, and the errors, are those of `compare`.
 
     Returns
     -------

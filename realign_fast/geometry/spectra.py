@@ -21,6 +21,21 @@ from ..methods import check_count
 from ..moments import Moments
 from ._rows import unit_rows
 
+__all__ = [
+    "PowerLaw",
+    "angular_js",
+    "anisotropy",
+    "cosine_density",
+    "covariance_gap",
+    "effective_dimension",
+    "effective_rank",
+    "eigenvalues",
+    "pairwise_correlation",
+    "spectrum_correlation",
+    "spectrum_exponent",
+    "subspace_overlap",
+]
+
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
 
@@ -138,7 +153,7 @@ def covariance_gap(source: Moments | ArrayLike, target: Moments | ArrayLike) -> 
 
 
 def spectrum_correlation(source: ArrayLike, target: ArrayLike) -> float:
-    """Return the correlation of the logarithms of eigenvalues `(dim,)` of equal rank, C_lambda.
+    """Return the correlation of the logarithms of eigenvalues of equal rank, C_lambda: `source`, `target` `(dim,)`.
 
     Over the ranks at which both count as positive. ValueError where these are fewer than 3, or all eigenvalues of a set
     are equal there.
@@ -159,8 +174,8 @@ def spectrum_correlation(source: ArrayLike, target: ArrayLike) -> float:
 def subspace_overlap(source: Moments | ArrayLike, target: Moments | ArrayLike, q: int) -> float:
     """Return `||Ux^T Uy||^2 / q` of the `q` principal directions of two covariances, O_q: 1 where they span the same.
 
-    Two random subspaces give `q / dim`. ValueError where the covariances do not fit together, or have fewer than `q`
-    positive eigenvalues.
+    `source` and `target` are moments or covariances `(dim, dim)`. Two random subspaces give `q / dim`. ValueError where
+    they do not fit together, or have fewer than `q` positive eigenvalues.
     """
     check_count("q", q, least=1)
     spectra = [
@@ -270,7 +285,8 @@ def cosine_density(rows: object, *, num_rows: int = 4000, bins: int = 200, seed:
 def angular_js(source: object, target: object, *, num_rows: int = 4000, bins: int = 200, seed: int = 0) -> float:
     """Return the Jensen-Shannon divergence, in bits (base 2), between the angles in one set and those in another.
 
-    Of the histograms of cosines that `cosine_density` makes of rows `(n, dim)` and `(m, dim)`: 0 where they agree, 1
+    Of the histograms of cosines that `cosine_density` makes of `source` `(n, dim)` and of `target` `(m, dim)`, with
+    `num_rows`, `bins` and `seed` as it takes them: 0 where they agree, 1
     where they have no bin in common. Raises as it does.
     """
     ours = _shares_by_cosine(source, "source", num_rows, bins, seed)

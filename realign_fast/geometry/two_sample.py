@@ -19,6 +19,8 @@ from ..methods import check_count
 from ..moments import Moments
 from .neighbors import Unit, unit_rows
 
+__all__ = ["Distance", "frechet", "frechet_of_moments", "linear_mmd", "mmd", "sliced_wasserstein"]
+
 Matrix = NDArray[np.float64]
 Vector = NDArray[np.float64]
 # Of how many rows of either set; a permutation deals the labels anew, a bootstrap draws rows of each set anew.
@@ -78,6 +80,8 @@ def mmd(source: Any, target: Any, *, num_rows: int = 2000, num_resamples: int = 
         At most so many rows of each set, drawn by `seed`.
     num_resamples
         How many permutations of the labels, and bootstrap samples.
+    seed
+        Of all draws.
 
     Raises
     ------
@@ -105,7 +109,7 @@ def mmd(source: Any, target: Any, *, num_rows: int = 2000, num_resamples: int = 
 
 
 def linear_mmd(source: Any, target: Any, *, seed: int = 0) -> Distance:
-    """Return the estimate of the same in linear time, from all rows (JMLR 2012, section 6).
+    """Return what `mmd` estimates in linear time, from all rows of `source` and `target` (JMLR 2012, section 6).
 
     It looks at each row once, with one other, in an order drawn by `seed`; interval, `null` and `p_value` are normal.
     Both sets are copied, as float32 of unit length. Raises as `mmd` does.
@@ -151,12 +155,12 @@ def sliced_wasserstein(
 ) -> Distance:
     """Return the sliced 2-Wasserstein distance: the root of the mean square, over directions, of that of projections.
 
+    Parameters that are not explained here, and what is raised, are those of `mmd`.
+
     Parameters
     ----------
     num_projections
         Random directions, drawn by `seed`.
-
-    The other parameters, and what is raised, are those of `mmd`.
     """
     check_count("num_projections", num_projections, least=1)
     sets = _sets(source, target, num_rows, seed)
@@ -198,7 +202,8 @@ def frechet(source: Any, target: Any, *, num_rows: int = 5000, num_resamples: in
 
     It is biased upwards, and its interval with it, the more so the fewer rows there are against the dimension: `null`,
     of as many rows, tells how far. Each resample takes two decompositions of a matrix of the rows' dimension.
-    Parameters and what is raised are those of `mmd`.
+
+    The parameters, and what is raised, are those of `mmd`.
     """
     sets = _sets(source, target, num_rows, seed)
     both = np.concatenate(sets)
@@ -214,7 +219,7 @@ def frechet(source: Any, target: Any, *, num_rows: int = 5000, num_resamples: in
 
 
 def frechet_of_moments(source: Moments, target: Moments) -> float:
-    """Return the same of all rows of two sets, from their moments with covariance.
+    """Return what `frechet` estimates of all rows of two sets, from moments of `source` and `target` with covariance.
 
     ValueError where the dimensions differ or no covariance was collected.
     """

@@ -1,8 +1,4 @@
-"""Ids of rows in one file that is mapped: which row has an id, and which id a row has.
-
-A safetensors file: `text`, all ids as UTF-8 one after the other; `offsets` (n + 1,), where each begins; `hashes` (n,),
-their XXH64, sorted; `rows` (n,), which row each hash belongs to. Its header says what it was made from.
-"""
+"""Ids of rows in one file that is mapped: which row has an id, and which id a row has (see FORMATS.md)."""
 
 from __future__ import annotations
 
@@ -14,8 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _C
-from .._files import replacing
+from .. import _C, _files
 from ._layouts import metadata_of
 from ._random import RandomRows
 from ._remote import AnyPath, state_of
@@ -24,7 +19,7 @@ from ._tar import TAR_ID, TarShard
 from .formats import format_of
 from .sources import SIDECAR
 
-_KEY = "realign_fast"
+_KIND = "ids"
 _DTYPES: dict[str, tuple[str, Any]] = {
     "offsets": ("I64", np.int64),
     "hashes": ("U64", np.uint64),
@@ -46,11 +41,13 @@ class Ids:
         self.path = path
         tensors, metadata, start = parse(path)
         try:
-            fields = json.loads(metadata[_KEY])
+            fields = _files.header_of(path, metadata)
+            if fields.get("kind") != _KIND:
+                raise ValueError(f"it holds {fields.get('kind')!r}")
             self.integers, self.made_from = bool(fields["integers"]), fields["made_from"]
             found = {name: tensors[name] for name in _DTYPES}
-        except (KeyError, TypeError, ValueError, RecursionError):
-            raise ValueError(f"{path} is no index of ids: remove it, and it is made anew") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no index of ids: {error}; remove it, and it is made anew") from None
         memory: Any = np.memmap(path, np.uint8, "r")
         arrays: dict[str, NDArray[Any]] = {}
         for name, (code, dtype) in _DTYPES.items():
@@ -150,8 +147,6 @@ def _id_file(path: AnyPath) -> Path:
 def _write(
     path: Path, sources: list[AnyPath], rows: RandomRows, id_column: str, made_from: Any, *, of_each_file: bool
 ) -> None:
-    from safetensors.numpy import save_file
-
     offsets, text, integers, counts = _read_ids(sources, id_column, rows.column)
     if of_each_file:
         for file, source, expected, count in zip(rows.paths, sources, rows.rows_of_files(), counts, strict=True):
@@ -170,9 +165,8 @@ def _write(
         "rows": order.astype(np.int64),
         "text": text,
     }
-    metadata = {_KEY: json.dumps({"integers": integers, "made_from": made_from})}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
+    # Of any size: it is mapped, not read.
+    _files.save(path, _KIND, tensors, {"integers": integers, "made_from": made_from}, max_bytes=None)
 
 
 def _refuse_repeats(

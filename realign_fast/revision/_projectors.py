@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import safetensors.torch
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers.utils.import_utils import check_torch_load_is_safe
 
 from .._files import replacing
@@ -40,12 +40,12 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], styl
         f"{names[int(name[0]) // 2]}{name[1:]}": tensor.detach().clone(memory_format=torch.contiguous_format).cpu()
         for name, tensor in tensors.items()
     }
-    with replacing(Path(path)) as temporary:
+    # Given a path, torch would write its name into the file, and safetensors let nobody but its owner read it.
+    with replacing(Path(path)) as temporary, temporary.open("xb") as file:
         if is_pickle:
-            with temporary.open("xb") as file:  # given a path, torch would write its name into the file
-                torch.save(named, file)
+            torch.save(named, file)
         else:
-            save_file(named, temporary, metadata={"format": "pt"})
+            file.write(safetensors.torch.save(named, metadata={"format": "pt"}))
 
 
 def load(path: str | os.PathLike[str], expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -24,6 +24,8 @@ class ReVisionConfig(PreTrainedConfig):
     num_visual_tokens, num_projected_tokens
         How many positions an embedding takes, and to how many different tokens, which are repeated in their order to
         fill these, it is projected.
+    **kwargs
+        As the configuration of any model of transformers takes them.
     """
 
     model_type = "revision"

@@ -21,6 +21,8 @@ from ._chat import image_place, messages_of
 from .modeling import ReVisionForCausalLM
 from .training import alignment_beside, load_tokenizer
 
+__all__ = ["generate"]
+
 
 def generate(
     model: str,

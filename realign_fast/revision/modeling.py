@@ -21,6 +21,13 @@ class Projector(nn.Sequential):
     until there are `num_visual_tokens`. Or they are `(n, patches, embedding_dim)`, projected patch by patch. Of any
     floating dtype; it computes in that of its weights. ValueError for other shapes, and for the identity between
     different dimensions.
+
+    Parameters
+    ----------
+    config
+        Of the model.
+    hidden_size
+        Of the language model: dimension of its token embeddings.
     """
 
     def __init__(self, config: ReVisionConfig, hidden_size: int) -> None:
@@ -234,7 +241,6 @@ class ReVisionForCausalLM(PreTrainedModel, GenerationMixin):
         self.language_model.set_output_embeddings(new_embeddings)
 
 
-@torch.no_grad()
 @torch.no_grad()
 def check_packing(model: ReVisionForCausalLM) -> None:
     """Try on a few tokens whether the language model keeps packed samples apart; ValueError if it does not."""

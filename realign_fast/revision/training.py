@@ -36,6 +36,9 @@ from .config import ReVisionConfig
 from .data import PLAIN_TEMPLATE, Records, ReVisionCollator, ReVisionDataset, add_image_token
 from .modeling import ReVisionForCausalLM, check_packing
 
+__all__ = ["FinetuneArguments", "FinetuneTrainerArguments", "PretrainArguments", "ReVisionTrainer", "StageArguments"]
+__all__ += ["TrainerArguments", "finetune", "pretrain", "run_stage"]
+
 _PROJECTOR = "projector.safetensors"
 _ALIGNMENT = "alignment.safetensors"
 _STATE = "trainer_state.json"
@@ -48,7 +51,7 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass
 class StageArguments:
-    """What both stages take beside the arguments of transformers."""
+    """What both stages take beside the arguments of transformers; `realign pretrain --help` says what each is."""
 
     model: str = _option(None, "name or folder of the language model, or of a model that a stage has written")
     data: list[str] | None = _option(None, "records in JSON or JSONL")
@@ -77,14 +80,14 @@ class StageArguments:
 
 @dataclass
 class PretrainArguments(StageArguments):
-    """Those of stage 1."""
+    """What stage 1 takes beside them."""
 
     noise_std: float | None = _option(None, "noise of an element of an aligned embedding; default: the map's own")
 
 
 @dataclass
 class FinetuneArguments(StageArguments):
-    """Those of stage 2."""
+    """What stage 2 takes beside them; `realign finetune --help` says what each is."""
 
     lora_r: int | None = _option(None, "rank of LoRA; default: all weights are trained")
     lora_alpha: float | None = _option(None, "its scale; default: twice the rank")
@@ -107,7 +110,7 @@ class TrainerArguments(TrainingArguments):
 
 @dataclass
 class FinetuneTrainerArguments(TrainerArguments):
-    """With those of the second."""
+    """`TrainingArguments` with the settings of the second."""
 
     learning_rate: float = _option(1e-5, "the published one")
 
@@ -122,7 +125,7 @@ class ReVisionTrainer(Trainer):
     data_collator: Any
 
     def get_eval_dataloader(self, *arguments: Any, **options: Any) -> Any:
-        """Return it as transformers does, without the noise of training."""
+        """Return it as transformers does, of the same arguments and options, without the noise of training."""
         noisy, self.data_collator = self.data_collator, replace(self.data_collator, noise_std=0.0)
         try:
             return super().get_eval_dataloader(*arguments, **options)
@@ -135,7 +138,8 @@ class ReVisionTrainer(Trainer):
         if self.args.should_save and isinstance(model, ReVisionForCausalLM):
             folder.mkdir(parents=True, exist_ok=True)
             state = model.state_dict() if state_dict is None else state_dict
-            _projectors.save(folder / _PROJECTOR, _projector_of(state), "realign")
+            if projector := _projector_of(state):  # the identity has nothing to write
+                _projectors.save(folder / _PROJECTOR, projector, "realign")
             frozen = not any(parameter.requires_grad for parameter in model.language_model.parameters())
             if frozen and folder.name.startswith(PREFIX_CHECKPOINT_DIR):
                 return
@@ -173,6 +177,13 @@ def _projector_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def pretrain(arguments: PretrainArguments, training: TrainerArguments) -> dict[str, Any] | None:
     """Run stage 1: the language model is frozen, the projector learns from aligned text.
 
+    Parameters
+    ----------
+    arguments
+        What is trained, and on what.
+    training
+        How, as transformers takes it.
+
     Returns
     -------
     dict or None
@@ -195,8 +206,8 @@ def pretrain(arguments: PretrainArguments, training: TrainerArguments) -> dict[s
 def finetune(arguments: FinetuneArguments, training: TrainerArguments) -> dict[str, Any] | None:
     """Run stage 2: real image embeddings; language model and projector learn, or LoRA and the projector.
 
-    Returns and raises as `pretrain`. A model trained with LoRA is written as a whole, with what LoRA has learnt added
-    in; under FSDP and DeepSpeed its adapter is written.
+    Takes, returns and raises as `pretrain`. A model trained with LoRA is written as a whole, with what LoRA has learnt
+    added in; under FSDP and DeepSpeed its adapter is written.
     """
     checkpoint, inputs = _begin(arguments, training)
     model, tokenizer = _load(arguments, inputs, arguments.dtype or ("auto" if arguments.lora_r else "float32"))
@@ -401,7 +412,7 @@ _STAGES: dict[str, tuple[Any, Any, Any]] = {
 
 
 def run_stage(name: str, argv: Sequence[str]) -> dict[str, Any] | None:
-    """Run the stage "pretrain" or "finetune" with the flags of a command line; see there."""
+    """Run the stage that `name` says, "pretrain" or "finetune", with the flags `argv` of a command line; see there."""
     arguments, training, stage = _STAGES[name]
     parser = HfArgumentParser((arguments, training), prog=f"realign {name}", description=stage.__doc__.split("\n")[0])
     parsed = parser.parse_args_into_dataclasses(list(argv))
