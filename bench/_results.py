@@ -138,10 +138,10 @@ COLUMNS = ("what", "measured", "spread", "of the machine's limit", "against", "r
 
 def cells(figure: Figure) -> tuple[str, ...]:
     """Return a line of a table; a ratio that misses its goal is bold, and so is one below a peer's."""
-    ratio = "" if figure.ratio is None else f"{figure.ratio:.2f}x"
+    ratio = "" if figure.ratio is None else f"{figure.ratio:.{2 if figure.ratio >= 0.1 else 5}f}x"
     if figure.missed or figure.slower:
         ratio = f"**{ratio}**"
-    goal = "" if figure.goal is None else f"{figure.goal:g}x{' at most' if figure.at_most else ''}"
+    goal = "" if figure.goal is None else f"{figure.goal:.3g}x{' at most' if figure.at_most else ''}"
     share = "" if figure.share is None else f"{figure.share:.0%} of {figure.limit}"
     measured = f"{number(figure.value)} {figure.unit}".strip()
     return (figure.what, measured, f"{figure.spread:.0%}" if figure.spread else "", share, figure.peer, ratio, goal)

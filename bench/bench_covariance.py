@@ -138,7 +138,7 @@ def test_fast_covariance_of_many_rows(measure, pick):
 def test_whitening(measure, pick):
     from faiss import LinearTransform, copy_array_to_vector, swig_ptr
 
-    unit = unit_rows(pick(2_000, 200_000, 500_000))
+    unit = unit_rows(pick(2_000, 200_000, 1_000_000))
     whitener = Whitener.fit(unit[:20_000], shrinkage=0.1)
     matrix = np.ascontiguousarray(whitener.matrix.T, np.float32)
     out = empty(unit.shape, unit.dtype)
@@ -174,23 +174,14 @@ def test_optimal_transport(measure, pick):
     import ot
 
     dim = pick(32, DIM, DIM)
-    rng = np.random.default_rng(0)
-    spectrum = np.arange(1, dim + 1) ** -0.6
-    sides = [
-        Moments(dim, covariance=True).update(
-            (rng.standard_normal((4 * dim, dim)) * spectrum + shift).astype(np.float32)
-        )
-        for shift in (0.1, -0.1)
-    ]
-    text, image = ((side.mean, side.covariance + 1e-6 * np.eye(dim)) for side in sides)
+    rng, spectrum = np.random.default_rng(0), np.arange(1, dim + 1) ** -0.6
+    rows = [(rng.standard_normal((4 * dim, dim)) * spectrum + mean).astype(np.float32) for mean in (0.1, -0.1)]
+    sides = [Moments(dim, covariance=True).update(each) for each in rows]
+    means, covariances = [side.mean for side in sides], [side.covariance + 1e-6 * np.eye(dim) for side in sides]
     measure(
-        "optimal transport, from covariances to the map",
-        lambda: fit_from_moments(*sides, method="ot", strength=1.0, shrinkage=1e-3),
-        {
-            "POT bures_wasserstein_mapping": lambda: ot.gaussian.bures_wasserstein_mapping(
-                text[0], image[0], text[1], image[1]
-            )
-        },
+        "optimal transport, from statistics to the map",
+        lambda: fit_from_moments(*sides, text=rows[0], method="ot", strength=1.0, shrinkage=1e-3),
+        {"POT bures_wasserstein_mapping": lambda: ot.gaussian.bures_wasserstein_mapping(*means, *covariances)},
         unit="ms",
         dtype="float64",
         shape=(dim, dim),

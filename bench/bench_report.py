@@ -48,7 +48,7 @@ def timed(folder: Path, methods: str, num_rows: int) -> tuple[float, float, dict
 
 
 def test_report(measure, pick, folder):
-    num_rows, sample = pick(2_000, 100_000, 1_000_000), pick(500, 5_000, 20_000)
+    num_rows, sample = pick(6_000, 100_000, 1_000_000), pick(500, 5_000, 20_000)
     shard_rows = min(SHARD_ROWS, num_rows // 4)
     subprocess.run([sys.executable, "-c", WRITE, folder, str(num_rows), str(shard_rows), str(DIM)], check=True)
     one, memory, found = timed(folder, "realign", sample)
