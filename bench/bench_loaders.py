@@ -94,6 +94,22 @@ def test_alignment_in_a_stream(measure, pick, paths, workers, shuffle):
     )
 
 
+def test_mapping_alone(measure, pick):
+    """A batch that stays in the cache, mapped in place: what a loader that reads as fast as without it could reach."""
+    import torch
+
+    x, alignment = torch.from_numpy(rows_of(512, DIM, "float16")), alignment_of(DIM)
+    measure(
+        "mapping alone, from the cache",
+        lambda: alignment.transform(x, out=x),
+        unit="GB/s",
+        work=2 * x.numel(),
+        dtype="float16",
+        shape=tuple(x.shape),
+        calls=pick(2, 200, 200),
+    )
+
+
 def test_rows_by_id(measure, pick, folder):
     count = pick(20_000, 1_000_000, 10_000_000)
     paths = write_shards(folder, count, 256)

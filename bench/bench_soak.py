@@ -5,110 +5,66 @@ The plan names a few shards again and again, so that all of it lies in the page 
 
 from __future__ import annotations
 
-import os
-import threading
+import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from _shards import DIM, ITEMSIZE, NUM_SHARDS, SHARD_ROWS, write_shards
+from _shards import DIM, ITEMSIZE, SHARD_ROWS, write_shards
 
 from realign_fast import _C, Moments, fit
-from realign_fast.alignment import gather_moments
 from realign_fast.backends import count_threads
 
 CHECKED_BY = ("test_moments.py", "test_alignment.py")
-PEER = "a two-thread sum over the same mapped files"
+PEER = "a sum over the same mapped files, on all cores"
 WHY = {
     PEER: "the peer only adds; a fit hashes a row and multiplies it five times in two reads, and waits for the cache"
 }
 
 
-def repeated(paths: list[Path], num_rows: int, shard_rows: int) -> list[Path]:
-    return [paths[number % len(paths)] for number in range(num_rows // shard_rows)]
-
-
 def sum_over(paths: list[Path]) -> None:
-    """Read the files as they lie, mapped, with two threads: no more than the adding up of their words."""
+    """Read the files as they lie, mapped, with all cores: no more than the adding up of their words."""
     for path in paths:
-        _C.stream_read(np.load(path, mmap_mode="r").view(np.uint8).reshape(-1), 2)
+        _C.stream_read(np.load(path, mmap_mode="r").view(np.uint8).reshape(-1), count_threads(None))
 
 
-class Memory:
-    """The resident memory of this process, looked at all the while."""
-
-    def __init__(self) -> None:
-        self._samples: list[int] = []
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._look)
-
-    def _look(self) -> None:
-        page = os.sysconf("SC_PAGE_SIZE")
-        while not self._done.wait(0.02):
-            self._samples.append(int(Path("/proc/self/statm").read_text().split()[1]) * page)
-
-    def __enter__(self) -> Memory:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    @property
-    def peak_mb(self) -> float:
-        """In megabytes."""
-        return max(self._samples, default=0) / 1e6
+def fitted(repeats: int, image: Path, paths: list[Path]) -> dict:
+    command = [sys.executable, str(Path(__file__).with_name("_soak_fit.py")), str(repeats), image, *paths]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def test_a_billion_rows(measure, pick, folder):
-    shard_rows, many = pick(10_000, SHARD_ROWS, SHARD_ROWS), pick(400_000, 40_000_000, 1_000_000_000)
-    few = max(many // 10, NUM_SHARDS * shard_rows)
+    shard_rows, few, many = pick(10_000, SHARD_ROWS, SHARD_ROWS), pick(2, 2, 25), pick(5, 10, 250)
     paths, image = write_shards(folder, shard_rows)
-    once = gather_moments(paths)
-    few_paths, many_paths = repeated(paths, few, shard_rows), repeated(paths, many, shard_rows)
+    rows = {repeats: repeats * len(paths) * shard_rows for repeats in (few, many)}
     # Such a fit reads the images once and the text twice.
-    read_few, read_many = ((2 * count + shard_rows) * DIM * ITEMSIZE for count in (few, many))
+    read = {repeats: (2 * count + shard_rows) * DIM * ITEMSIZE for repeats, count in rows.items()}
     about = {"unit": "GB/s", "dtype": "float16", "why": WHY}
-    with Memory() as memory_of_few:
-        fit(few_paths, image)
-    times: list[float] = []
-
-    def fit_few() -> None:
+    found, sums = {few: [], many: []}, []
+    for repeats in (few, few, few, many, few):
         begin = time.perf_counter()
-        fit(few_paths, image)
-        times.append(time.perf_counter() - begin)
-
-    peers = measure(
-        "fit",
-        fit_few,
-        {PEER: lambda: sum_over([*few_paths, *few_paths, image])},
-        work=read_few,
-        limit="read",
-        shape=(few, DIM),
-        rounds=3,
-        **about,
-    )
-    with Memory() as memory:
-        begin = time.perf_counter()
-        alignment = fit(many_paths, image)
-        seconds = time.perf_counter() - begin
-    if not peers:
-        return
-    sums = [peers[PEER] * read_many / read_few]
-    measure.times("fit", [seconds], {PEER: sums}, work=read_many, shape=(many, DIM), goals={PEER: 0.7}, **about)
-    whole, row, row_of_few = f"fit of {many:,} rows", seconds / many, float(np.median(times[1:])) / few
-    apart = float(np.abs(alignment.source.mean - once.mean).max())
+        sum_over([*paths * (2 * few), image])
+        sums.append(time.perf_counter() - begin)
+        found[repeats].append(fitted(repeats, image, paths))
+    for repeats, goals in ((few, {}), (many, {PEER: 0.7})):
+        against = [seconds * read[repeats] / read[few] for seconds in sums]
+        times = [each["seconds"] for each in found[repeats]]
+        measure.times(
+            "fit", times, {PEER: against}, work=read[repeats], shape=(rows[repeats], DIM), goals=goals, **about
+        )
+    whole, last = f"fit of {rows[many]:,} rows", found[many][0]
+    row, row_of_few = last["seconds"] / rows[many], float(np.median([e["seconds"] for e in found[few]])) / rows[few]
+    peak, peak_of_few = last["peak_bytes"] / 1e6, max(each["peak_bytes"] for each in found[few]) / 1e6
     held = {"goal": 1.0, "at_most": True}
-    measure.figure(f"{whole}: a row", row * 1e9, "ns", f"of {few:,}", row / row_of_few, goal=1.05, at_most=True)
-    measure.figure(f"{whole}: peak memory", memory.peak_mb, "MB", "600 MB", memory.peak_mb / 600, **held)
-    measure.figure(
-        f"{whole}: peak memory", memory.peak_mb, "MB", f"that of {few:,}", memory.peak_mb / memory_of_few.peak_mb
-    )
-    counted = alignment.source.count
-    measure.figure(f"{whole}: rows counted", counted, "rows", "rows of the plan", counted / many, goal=1.0)
-    measure.figure(f"{whole}: error of the mean", apart, "", "1e-12", apart / 1e-12, **held)
+    measure.figure(f"{whole}: a row", row * 1e9, "ns", f"of {rows[few]:,}", row / row_of_few, goal=1.05, at_most=True)
+    measure.figure(f"{whole}: peak memory", peak, "MB", "600 MB", peak / 600, **held)
+    measure.figure(f"{whole}: peak memory", peak, "MB", f"that of {rows[few]:,}", peak / peak_of_few)
+    counted = last["count"]
+    measure.figure(f"{whole}: rows counted", counted, "rows", "rows of the plan", counted / rows[many], goal=1.0)
+    measure.figure(f"{whole}: error of the mean", last["error"], "", "1e-12", last["error"] / 1e-12, **held)
 
 
 @pytest.mark.parametrize("which", ["first", "second"])
