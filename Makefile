@@ -12,7 +12,7 @@ CXX_FILES = $(EXTENSION_FILES) $(CXX_TESTS) $(wildcard tests/cpp/*.h tests/cpp/e
 INSTALLED = $(VENV)/installed
 INSTALLED_FROM = pyproject.toml setup.py constraints.txt $(EXTENSION_FILES)
 
-.PHONY: test test-all demo bench docs lint types sanitize clean
+.PHONY: test test-all demo bench bench-full studies docs lint types sanitize clean
 .DEFAULT_GOAL = test
 
 # The GPU kernels are compiled in one process and interpreted in another: Triton does either.
@@ -28,19 +28,22 @@ test-all: $(INSTALLED)
 demo: $(INSTALLED)
 	$(BIN)/realign demo --overwrite
 
+# Leave the machine alone meanwhile. Ten minutes; `bench-full` takes an hour, adds to the figures and writes the README's.
+PEERS = $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[peers,train]'
 bench: $(INSTALLED)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[peers,train]'
-	$(BIN)/python bench/kernels.py --json bench/results/kernels.json
-	$(BIN)/python bench/covariance.py --json bench/results/covariance.json
+	$(PEERS)
+	$(BIN)/pytest bench
+
+bench-full: $(INSTALLED)
+	$(PEERS)
+	$(BIN)/pytest bench --size full --record -m 'slow or not slow'
+	$(BIN)/python bench/tables.py
+
+# What is no matter of speed: what the maps do to real embeddings, and whether aligned text stands in for pairs.
+studies: $(INSTALLED)
+	$(PEERS)
 	$(BIN)/python bench/strength.py --json bench/results/strength.json
 	$(BIN)/python bench/alignments.py --json bench/results/alignments.json
-	$(BIN)/python bench/neighbors.py --json bench/results/neighbors.json
-	$(BIN)/python bench/report.py --json bench/results/report.json
-	$(BIN)/python bench/loaders.py --json bench/results/loaders.json
-	$(BIN)/python bench/trainer.py --json bench/results/trainer.json
-	$(BIN)/python bench/ranks.py --json bench/results/ranks.json
-	$(BIN)/python bench/soak.py --json bench/results/soak.json
-	$(BIN)/python bench/commands.py --json bench/results/commands.json
 	$(BIN)/python bench/settle.py --json bench/results/settle.json
 	$(BIN)/python bench/tables.py
 

@@ -1,4 +1,8 @@
-"""Bring the committed results into the README; with `--check`, say whether they are there."""
+"""Bring the committed results into the README, and draw the plots of the kernels; with `--check`, say if README lags.
+
+`<!-- NAME -->` to `<!-- end -->` holds the last run of that group in `results/figures.csv`, or the study
+`results/NAME.json`; `<!-- behind -->` what misses its goal or a peer, with the reason.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,11 @@ import re
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(Path(__file__).parent))
+from _results import COLUMNS, ROOT, Run, cells, last_runs, number
+
 README = ROOT / "README.md"
+RESULTS = ROOT / "bench" / "results"
 
 
 def machine_line(machine: dict) -> str:
@@ -19,40 +26,44 @@ def machine_line(machine: dict) -> str:
     )
 
 
-def number(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+def lines_of(header: tuple[str, ...] | list[str], rows: list) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)]
 
 
-def table(result: dict) -> str:
+def of_study(result: dict) -> list[str]:
+    """Return the table of a study: its own columns, or a row a figure."""
     if "columns" in result:
-        lines = [result["columns"], ["---"] * len(result["columns"]), *result["table"]]
-        rows = [f"| {' | '.join(line)} |" for line in lines]
-        return "\n".join(
-            [machine_line(result["machine"]), "", *rows, *(["", result["words"]] if "words" in result else [])]
-        )
-    lines = [
-        machine_line(result["machine"]),
-        "",
-        "| what | measured | against | ratio | goal | spread |",
-        "| --- | --- | --- | --- | --- | --- |",
+        return [*lines_of(result["columns"], result["table"]), *(["", result["words"]] if "words" in result else [])]
+    rows = [
+        (row["what"], f"{number(row['ours'])} {row['unit']}", row["peer"], f"{row['ratio']:.2f}x", row["goal"])
+        for row in result["rows"]
     ]
-    for row in result["rows"]:
-        cells = (
-            row["what"],
-            f"{number(row['ours'])} {row['unit']}",
-            row["peer"],
-            f"{row['ratio']:.2f}x",
-            row["goal"],
-            f"{row['spread']:.0%}",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return lines_of(["what", "measured", "against", "ratio", "goal"], rows)
+
+
+def behind(runs: dict[str, Run]) -> list[str]:
+    """Return what misses its goal or is slower than a peer, in all groups, and why."""
+    found = [figure for run in runs.values() for figure in run.figures if figure.missed or figure.slower]
+    return lines_of(["what", "against", "ratio", "goal", "why"], [(*_some(cells(each)), each.why) for each in found])
+
+
+def _some(line: tuple[str, ...]) -> tuple[str, ...]:
+    return (line[0], *line[4:])
 
 
 def filled(text: str) -> str:
+    runs = last_runs()
+
     def fill(match: re.Match[str]) -> str:
-        path = ROOT / "bench" / "results" / f"{match[1]}.json"
-        return f"<!-- {match[1]} -->\n{table(json.loads(path.read_text()))}\n<!-- end -->"
+        name = match[1]
+        if name == "behind":
+            lines = behind(runs)
+        elif name in runs:
+            lines = [runs[name].machine_line(), "", *lines_of(COLUMNS, [cells(each) for each in runs[name].figures])]
+        else:
+            result = json.loads((RESULTS / f"{name}.json").read_text())
+            lines = [machine_line(result["machine"]), "", *of_study(result)]
+        return "\n".join([f"<!-- {name} -->", *lines, "<!-- end -->"])
 
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
@@ -63,3 +74,6 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--check"]:
         sys.exit(0 if before == after else "README.md lags behind bench/results: run python bench/tables.py")
     README.write_text(after)
+    from _plots import draw
+
+    draw(last_runs(), RESULTS / "kernels.png")

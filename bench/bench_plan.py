@@ -1,0 +1,39 @@
+"""What `plan.py` predicts from a probe of this machine, against what the commands then take."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from plan import Job, commands, predict, probe, write_sides
+
+CHECKED_BY = ("test_cli.py",)
+DIM = 768
+
+
+@pytest.fixture(scope="module")
+def rates(pick):
+    return probe(Path("/dev/shm"), DIM, "float32", pick(1, 5, 5))
+
+
+@pytest.mark.parametrize("count", [200_000, 500_000, 1_000_000])
+def test_prediction(measure, pick, rates, count):
+    count = min(count, pick(20_000, 1_000_000, 1_000_000))
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        write_sides(Path(name), count, DIM, "float32", num_shards=4)
+        took = np.median([commands(Path(name)) for _ in range(pick(1, 3, 5))], axis=0)
+    steps = predict(Job(count, count, DIM, 4), rates)
+    for command, seconds in zip(("fit", "apply"), took, strict=True):
+        said = sum(step.seconds for step in steps[command])
+        error = abs(said / seconds - 1)
+        measure.figure(
+            f"plan.py: {command} of {count:,} x {DIM} float32 takes {seconds:.2f} s, predicted",
+            said,
+            "s",
+            "within 15%",
+            error / 0.15,
+            goal=1.0,
+            at_most=True,
+        )
