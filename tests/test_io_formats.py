@@ -11,6 +11,7 @@ from safetensors.torch import save_file as save_tensors
 
 from realign_fast import _C
 from realign_fast._dtypes import to_float64
+from realign_fast.alignment import gather_moments
 from realign_fast.io._raw import Blocks
 from realign_fast.io.formats import FORMATS, open_shard
 from realign_fast.io.sources import open_source
@@ -357,3 +358,25 @@ def test_a_file_is_read_by_any_number_of_threads(tmp_path, num_threads):
 
 def test_every_known_suffix_is_tested_here():
     assert {*SUFFIXES, ".pickle"} == set(FORMATS)
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+@pytest.mark.parametrize("columns", [False, True])
+def test_arrow_rows_are_read_where_they_lie_unless_compressed(tmp_path, compression, columns):
+    values = values_of(40)
+    table = pa.table({"n": range(40), "embedding": lists_of(values, "fixed_size_list")})
+    save_table(tmp_path / "a.arrow", table, options=pa.ipc.IpcWriteOptions(compression=compression))
+    shard = open_shard(tmp_path / "a.arrow")
+    assert shard.decoded is (compression is not None)
+    found = [chunk.rows.values.copy() for chunk in shard.chunks(Blocks(10 * 4 * DIM, 3), columns=columns)]
+    assert len(found) > 1
+    np.testing.assert_array_equal(np.concatenate(found), values)
+
+
+def test_a_bad_row_of_a_file_that_has_been_read_ahead_is_located(tmp_path, write_shard):
+    values = values_of(30)
+    values[29, 0] = np.nan
+    write_shard(tmp_path / "a.npy", values)
+    write_shard(tmp_path / "b.parquet", values_of(30, seed=1))
+    with pytest.raises(ValueError, match=r"a\.npy: row 29"):
+        gather_moments(tmp_path)

@@ -99,10 +99,10 @@ class ArrowShard:
     """One Arrow IPC file (`.arrow`), in the file or the stream format.
 
     It is mapped, since only so does pyarrow tell where the values of a record batch lie, and a batch may be as large as
-    the file. Uncompressed values are then read from the file like any raw rows, a window at a time.
+    the file. Uncompressed values are then read from the file like any raw rows, a window at a time. Of a compressed
+    file the column of the embeddings alone is asked for; of any other all columns, which costs nothing, where of some
+    alone pyarrow makes copies.
     """
-
-    decoded = True  # batches are checked, and may be compressed
 
     def __init__(self, path: Path, column: str | None) -> None:
         self.path = path
@@ -112,21 +112,24 @@ class ArrowShard:
         if path.stat().st_size == 0:
             raise ValueError(f"{path} is empty, expected an Arrow IPC file or stream")
         self.column = column or DEFAULT_COLUMN
-        self.num_rows = 0
-        with self._open() as (schema, _, batches):
+        with self._open() as (schema, mapped, batches):
             self.schema = schema
             self.dtype, self.dim = _embedding_type(self._pa, path, schema, self.column)
-            for batch in batches([schema.get_field_index(self.column)]):
-                if self.dim == 0 and batch.num_rows:
-                    self.dim = _first_length(path, batch.column(0))
-                self.num_rows += batch.num_rows
+            self._fields: list[int] | None = None
+            first = next((batch.column(self.column) for batch in batches(None) if batch.num_rows), None)
+            if first is not None:
+                self.dim = self.dim or _first_length(path, first)
+                if _offset(_values(path, first, self.dim, 0), mapped) is None:
+                    self._fields = [schema.get_field_index(self.column)]
+            self.decoded = self._fields is not None
+            self.num_rows = sum(batch.num_rows for batch in batches(self._fields))
         check_shape(path, self.num_rows, self.dim or 1)
 
     def chunks(self, blocks: Blocks, *, columns: bool = False) -> Generator[Chunk, None, None]:
         """Read the rows, with the other columns in a RecordBatch if `columns`."""
         start = 0
-        with self._open() as (schema, mapped, batches):
-            for batch in batches(None if columns else [schema.get_field_index(self.column)]):
+        with self._open() as (_, mapped, batches):
+            for batch in batches(None if columns else self._fields):
                 others = _others(batch, self.column) if columns else None
                 values = _values(self.path, batch.column(self.column), self.dim, start)
                 for chunk in self._batch_chunks(values, mapped, blocks):
@@ -137,21 +140,22 @@ class ArrowShard:
     def layouts(self) -> list[Layout]:
         """Return where the rows of each record batch lie in the file; none at all where a batch is compressed."""
         found = []
-        with self._open() as (_, (address, length), batches):
+        with self._open() as (_, mapped, batches):
             start = 0
-            for batch in batches(None):  # of some columns alone, pyarrow makes copies
-                values = _values(self.path, batch.column(self.column), self.dim or 1, start)
-                offset = values.ctypes.data - address
-                if len(values) and not 0 <= offset <= length - values.nbytes:
+            for batch in batches(None):
+                if not batch.num_rows:
+                    continue
+                values = _values(self.path, batch.column(self.column), self.dim, start)
+                offset = _offset(values, mapped)
+                if offset is None:
                     return []
-                found.append(Layout(offset, len(values), self.dim or 1, self.dtype))
+                found.append(Layout(offset, len(values), self.dim, self.dtype))
                 start += len(values)
         return found
 
     def _batch_chunks(self, values: NDArray[Any], mapped: Any, blocks: Blocks) -> Generator[Chunk, None, None]:
-        address, length = mapped
-        offset = values.ctypes.data - address
-        if 0 <= offset <= length - values.nbytes:
+        offset = _offset(values, mapped)
+        if offset is not None:
             yield from read_layout(self.path, Layout(offset, len(values), self.dim, self.dtype), blocks)
         else:  # decompressed: they lie in memory already
             step = blocks.num_rows(values.itemsize * self.dim)
@@ -178,6 +182,13 @@ class ArrowShard:
             file.seek(0)
             schema = ipc.open_stream(file).schema if self.is_stream else ipc.open_file(file).schema
             yield schema, (begin, file.size()), batches
+
+
+def _offset(values: NDArray[Any], mapped: tuple[int, int]) -> int | None:
+    """Return where values lie in a map, its address and length given; None where they are elsewhere, decompressed."""
+    address, length = mapped
+    offset = values.ctypes.data - address
+    return offset if 0 <= offset <= length - values.nbytes else None
 
 
 def read_column(path: AnyPath, name: str) -> Iterator[Any]:

@@ -149,7 +149,7 @@ def _mapped(path: Path, layout: Layout, blocks: Blocks, first: int) -> Generator
             offset = layout.offset + begin * row_bytes
             mapped = _C.FileMap(fd, offset, count * row_bytes)
             rows = np.frombuffer(memoryview(mapped), dtype).reshape(count, layout.dim)
-            check = partial(_check_whole, path, fd, mapped, offset + count * row_bytes)
+            check = partial(_check_whole, path, mapped, offset + count * row_bytes)
             for start in range(0, count, step):
                 # The disk reads on while these rows are at work.
                 ahead, size = offset + start * row_bytes + _AHEAD_BYTES, step * row_bytes
@@ -174,9 +174,9 @@ def _in_memory(fd: int, offset: int, size: int) -> bool:
     return True
 
 
-def _check_whole(path: Path, fd: int, mapped: _C.FileMap, end: int) -> None:
-    # The last page of a file ends in zeros, which break no map.
-    if os.fstat(fd).st_size < end:
+def _check_whole(path: Path, mapped: _C.FileMap, end: int) -> None:
+    # The last page of a file ends in zeros, which break no map. By its name: one that works ahead has closed the file.
+    if path.stat().st_size < end:
         raise ValueError(f"{path} was truncated while it was read: expected bytes up to {end}")
     if mapped.broken:
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
