@@ -15,14 +15,20 @@ INSTALLED_FROM = pyproject.toml setup.py constraints.txt $(EXTENSION_FILES)
 .PHONY: test test-all demo bench lint types sanitize clean
 .DEFAULT_GOAL = test
 
+# What the extension does, and what stands on it, once more without the extension.
+PLAIN = $(addprefix tests/test_,alignment.py bank.py cli.py covariance.py file_kernels.py io_bad_input.py io_formats.py \
+  io_fuzz.py io_writer.py kernels.py moments.py stages.py)
+
 # The GPU kernels are compiled in one process and interpreted in another: Triton does either.
 INTERPRETED = $(wildcard tests/test_triton_*.py) tests/test_kernel_values.py tests/test_gpu_bench.py
 test: $(INSTALLED)
 	$(BIN)/pytest
 	TRITON_INTERPRET=1 $(BIN)/pytest $(INTERPRETED)
+	REALIGN_FAST_NO_EXTENSION=1 $(BIN)/pytest $(PLAIN)
 
 test-all: $(INSTALLED)
 	$(BIN)/pytest -m 'slow or not slow'
+	REALIGN_FAST_NO_EXTENSION=1 $(BIN)/pytest $(PLAIN)
 	TRITON_INTERPRET=1 $(BIN)/pytest $(INTERPRETED)
 
 demo: $(INSTALLED)
@@ -76,7 +82,7 @@ $(INSTALLED): $(INSTALLED_FROM)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -f realign_fast/_C.*.so
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[test]'
+	REALIGN_FAST_REQUIRE_EXTENSION=1 $(BIN)/python -m pip install --constraint constraints.txt --editable '.[test]'
 	touch $@
 
 clean:

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _C
 from ._dtypes import DTYPES, empty, storage
+from ._native import _C
 from ._version import __version__
 from .backends import count_threads
 
