@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
+# A compiler that fails is an error here, and not an installation without the extension.
+export REALIGN_FAST_REQUIRE_EXTENSION = 1
+
 EXTENSION_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/simd/*.cpp csrc/simd/*.h)
 CXX_TESTS = $(wildcard tests/cpp/test_*.cpp)
 CXX_FILES = $(EXTENSION_FILES) $(CXX_TESTS) $(wildcard tests/cpp/*.h tests/cpp/emulated/*.h)
@@ -12,7 +15,7 @@ CXX_FILES = $(EXTENSION_FILES) $(CXX_TESTS) $(wildcard tests/cpp/*.h tests/cpp/e
 INSTALLED = $(VENV)/installed
 INSTALLED_FROM = pyproject.toml setup.py constraints.txt $(EXTENSION_FILES)
 
-.PHONY: test test-all demo bench lint types sanitize clean
+.PHONY: test test-all wheel demo bench lint types sanitize clean
 .DEFAULT_GOAL = test
 
 # What the extension does, and what stands on it, once more without the extension.
@@ -30,6 +33,9 @@ test-all: $(INSTALLED)
 	$(BIN)/pytest -m 'slow or not slow'
 	REALIGN_FAST_NO_EXTENSION=1 $(BIN)/pytest $(PLAIN)
 	TRITON_INTERPRET=1 $(BIN)/pytest $(INTERPRETED)
+
+wheel:
+	PYTHON=$(PYTHON) .ci/wheel
 
 demo: $(INSTALLED)
 	$(BIN)/realign demo --overwrite
@@ -82,7 +88,7 @@ $(INSTALLED): $(INSTALLED_FROM)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -f realign_fast/_C.*.so
-	REALIGN_FAST_REQUIRE_EXTENSION=1 $(BIN)/python -m pip install --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[test]'
 	touch $@
 
 clean:

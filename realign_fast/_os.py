@@ -29,6 +29,14 @@ def advise(fd: int, offset: int, size: int, advice: str) -> None:
         os.posix_fadvise(fd, offset, size, getattr(os, f"POSIX_FADV_{advice}"))
 
 
+def memory_bytes() -> int | None:
+    """Return how much memory the machine has, where the system says."""
+    names = {"SC_PAGE_SIZE", "SC_PHYS_PAGES"}
+    if not names <= set(getattr(os, "sysconf_names", ())):
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def sync_directory(path: Path) -> None:
     """Bring the names in a directory to the disk, where a directory can be opened."""
     if not hasattr(os, "O_DIRECTORY"):
