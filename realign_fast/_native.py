@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import warnings
 from typing import TYPE_CHECKING
@@ -14,7 +13,9 @@ _VARIABLE = "REALIGN_FAST_NO_EXTENSION"
 
 
 def _warn(why: object) -> None:
-    if multiprocessing.parent_process() is not None:  # the first process has said it
+    from multiprocessing import parent_process
+
+    if parent_process() is not None:  # the first process has said it
         return
     message = (
         f"the compiled extension realign_fast._C is missing ({why}), NumPy does its work, many times slower: install "

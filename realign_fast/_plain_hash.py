@@ -37,7 +37,7 @@ def XXH64(seed: int = 0) -> Hash:  # noqa: N802 (a class in the extension)
 
 
 class PythonXXH64:
-    """The 64-bit xxHash, streaming, about 30 MB a second; written from its public specification."""
+    """The 64-bit xxHash, streaming, in Python; written from its public specification."""
 
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed
