@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 
@@ -177,4 +178,4 @@ assert not any(bytes(ours)) and ours.broken
 theirs[3 * mmap.PAGESIZE]
 """
     done = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, timeout=60)
-    assert done.returncode == -7, done.stderr
+    assert done.returncode == -signal.SIGBUS, done.stderr

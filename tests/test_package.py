@@ -82,7 +82,14 @@ def test_sdist_holds_what_a_build_needs(sdist):
     headers = {path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*.h")}
     assert headers
     assert {path.relative_to(sdist) for path in (sdist / "csrc").rglob("*.h")} == headers
-    for name in ("Makefile", "constraints.txt", "kernels/__init__.py", "realign_fast/_C.pyi", "tests/test_package.py"):
+    for name in (
+        "Makefile",
+        ".ci/test-wheel",
+        "constraints.txt",
+        "kernels/__init__.py",
+        "realign_fast/_C.pyi",
+        "tests/test_package.py",
+    ):
         assert (sdist / name).is_file(), name
 
 
