@@ -1,7 +1,7 @@
 """What `_C` does, in NumPy and float64, for where the extension could not be built.
 
-`_C.pyi` says what each function is. Chunk by chunk, so that memory does not grow with the
-rows. `num_threads` is checked and not used.
+`_C.pyi` says what each function is. Chunk by chunk, so that memory does not grow with the rows. `num_threads` is
+checked and not used.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _out_rows(values: NDArray[Any], bfloat16: bool, rows: Rows, dim: int) -> Row
 def _bytes(data: Any, name: str, writeable: bool = False) -> NDArray[np.uint8]:
     try:
         values = np.frombuffer(data, np.uint8)
-    except (TypeError, ValueError):
+    except (BufferError, TypeError, ValueError):
         values = None
     if values is None or (writeable and not values.flags.writeable):
         raise TypeError(f"{name} must be a contiguous {'writeable ' * writeable}buffer")
@@ -143,7 +143,8 @@ def _chunks(rows: Rows) -> Iterator[tuple[slice, Matrix]]:
     for start in range(0, len(rows.values), step):
         part = slice(start, start + step)
         with np.errstate(invalid="ignore"):  # a signalling NaN is a bad row as any other
-            yield part, np.ascontiguousarray(to_float64(Rows(rows.values[part], rows.dtype)))
+            values = np.ascontiguousarray(to_float64(Rows(rows.values[part], rows.dtype)))
+        yield part, values
 
 
 class _Bad:
