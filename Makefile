@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
+# A compiler that fails is an error here, and not an installation without the extension.
+export REALIGN_FAST_REQUIRE_EXTENSION = 1
+
 EXTENSION_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/simd/*.cpp csrc/simd/*.h)
 CXX_TESTS = $(wildcard tests/cpp/test_*.cpp)
 CXX_FILES = $(EXTENSION_FILES) $(CXX_TESTS) $(wildcard tests/cpp/*.h tests/cpp/emulated/*.h)
@@ -12,18 +15,27 @@ CXX_FILES = $(EXTENSION_FILES) $(CXX_TESTS) $(wildcard tests/cpp/*.h tests/cpp/e
 INSTALLED = $(VENV)/installed
 INSTALLED_FROM = pyproject.toml setup.py constraints.txt $(EXTENSION_FILES)
 
-.PHONY: test test-all demo bench bench-full studies docs lint types sanitize clean
+.PHONY: test test-all wheel demo bench bench-full studies docs lint types sanitize clean
 .DEFAULT_GOAL = test
+
+# What the extension does, and what stands on it, once more without the extension.
+PLAIN = $(addprefix tests/test_,alignment.py bank.py cli.py covariance.py file_kernels.py io_bad_input.py io_formats.py \
+  io_fuzz.py io_writer.py kernels.py moments.py stages.py)
 
 # The GPU kernels are compiled in one process and interpreted in another: Triton does either.
 INTERPRETED = $(wildcard tests/test_triton_*.py) tests/test_kernel_values.py tests/test_gpu_bench.py
 test: $(INSTALLED)
 	$(BIN)/pytest
 	TRITON_INTERPRET=1 $(BIN)/pytest $(INTERPRETED)
+	REALIGN_FAST_NO_EXTENSION=1 $(BIN)/pytest $(PLAIN)
 
 test-all: $(INSTALLED)
 	$(BIN)/pytest -m 'slow or not slow'
+	REALIGN_FAST_NO_EXTENSION=1 $(BIN)/pytest $(PLAIN)
 	TRITON_INTERPRET=1 $(BIN)/pytest $(INTERPRETED)
+
+wheel:
+	PYTHON=$(PYTHON) .ci/wheel
 
 demo: $(INSTALLED)
 	$(BIN)/realign demo --overwrite

@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <system_error>
 
@@ -10,10 +11,14 @@
 namespace realign {
 namespace {
 
+// macOS refuses to read 2 GiB at once, and Linux does not.
+constexpr int64_t kMostBytes = 1 << 30;
+
 int64_t read_range(int fd, char* data, int64_t size, int64_t offset) {
   int64_t done = 0;
   while (done < size) {
-    const ssize_t count = pread(fd, data + done, size_t(size - done), off_t(offset + done));
+    const size_t wanted = size_t(std::min(size - done, kMostBytes));
+    const ssize_t count = pread(fd, data + done, wanted, off_t(offset + done));
     if (count == 0) break;
     if (count > 0)
       done += count;

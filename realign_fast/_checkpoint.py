@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _C, _files
+from . import _files
+from ._native import _C
 from ._ranks import LostRankError, Ranks
 from ._sample import Sample
 from ._stop import Stopped, holding

@@ -72,3 +72,15 @@ def to_float64(rows: Rows) -> NDArray[np.float64]:
     if rows.bfloat16:
         return (rows.values.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     return rows.values.astype(np.float64)
+
+
+def from_float64(values: NDArray[np.float64], out: Rows) -> None:
+    """Write `(n, dim)` float64 to rows: to the nearest float32, and from there to the nearest of a smaller dtype."""
+    with np.errstate(over="ignore"):
+        if out.dtype == "float64":
+            out.values[...] = values
+        elif out.bfloat16:
+            bits = values.astype(np.float32).view(np.uint32)
+            out.values[...] = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        else:
+            out.values[...] = values.astype(np.float32)

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from . import _C, _triton_rows
+from . import _triton_rows
 from ._dtypes import Rows
 from ._errors import BadRowsError
+from ._native import _C
 from ._reader import Reader
 from ._rows import dtype_name, host_values
 from ._sample import Sample, take_rows

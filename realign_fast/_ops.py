@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from . import _C
 from ._dtypes import Rows
+from ._native import _C
 from ._rows import as_rows, dtype_name, host_values
 from .backends import choose, count_threads
 from .kernels._maps import Maps

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _C
+from ._native import _C
 from ._rows import is_tensor
 
 Vector = NDArray[np.float64]

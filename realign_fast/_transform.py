@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _C
 from ._dtypes import Rows, empty, storage
 from ._errors import raise_if_bad
+from ._native import _C
 from ._rows import as_rows, dtype_name, host_values, is_tensor, refuse_gradients
 from ._steps import Affine, Noise
 from .backends import choose, count_threads

@@ -17,10 +17,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _C, _files
+from . import _files
 from ._checkpoint import Checkpoint
 from ._dtypes import Rows
 from ._errors import raise_if_bad
+from ._native import _C
 from ._progress import progress as show_progress
 from ._ranks import ALONE, Ranks
 from ._reader import RanksReader, Reader, reader_for

@@ -6,7 +6,6 @@ then falls on both sides alike.
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 import time
@@ -18,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _C
 from ._dtypes import DTYPES, empty, storage
+from ._native import _C
+from ._os import memory_bytes
 from ._version import __version__
 from .backends import count_threads
 
@@ -68,10 +68,11 @@ def machine(packages: tuple[str, ...] = ("pyarrow",)) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
+    memory = memory_bytes()
     return {
         "processor": model,
         "cores": count_threads(None),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "memory_gb": None if memory is None else round(memory / 1e9, 1),
         "instruction_set": _C.instruction_set(),
         "vector_flags": [
             flag for flag in flags.split() if flag.startswith(("avx", "fma", "f16c", "amx", "asimd", "sve"))

@@ -18,11 +18,11 @@ try:
 except ModuleNotFoundError as missing:
     raise ImportError("realign_fast.data needs torch: pip install 'realign-fast[torch]'") from missing
 
-from . import _C
 from ._columns import map_column
 from ._drift import watch_for
 from ._dtypes import Rows, storage
 from ._errors import raise_if_bad
+from ._native import _C
 from ._rows import host_values, is_tensor
 from ._steps import Noise
 from ._transform import Steps, transform_rows

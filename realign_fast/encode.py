@@ -24,9 +24,9 @@ try:
 except ModuleNotFoundError as missing:
     raise ImportError("realign_fast.encode needs torch: pip install 'realign-fast[train]'") from missing
 
-from . import _C
 from ._extras import import_extra
 from ._items import Id, ImageFolder, Item, Items, TextFile
+from ._native import _C
 from ._progress import progress as show_progress
 from .backends import count_threads
 from .io._prefetch import prefetch

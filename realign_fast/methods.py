@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _C
+from ._native import _C
 from ._spectral import (
     Shrinkage,
     Spectrum,

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _C, _files
+from . import _files
 from ._dtypes import Rows, own
 from ._errors import BadRowsError, raise_if_bad
+from ._native import _C
 from ._products import Products
 from ._rows import as_rows, dtype_name, is_tensor, refuse_gradients
 from .backends import check_has_kernels, choose, count_threads

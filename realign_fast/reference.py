@@ -5,8 +5,10 @@ Source: ReAlign, arXiv 2602.07026, Anchor, Trace and Centroid alignment.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Matrix = NDArray[np.float64]
 
@@ -38,7 +40,8 @@ def row_transform_backward(rows: Matrix, grad_out: Matrix, scale: float, shift: 
     """Return the gradient with respect to `rows` of `sum(grad_out * row_transform(rows, ...))`; zeros for bad rows."""
 
     def through_projection(grad: Matrix, z: Matrix) -> Matrix:
-        unit, norms = project(z), np.sqrt((z**2).sum(axis=-1, keepdims=True))
+        unit = project(z)
+        norms = (unit * z).sum(axis=-1, keepdims=True)
         through: Matrix = (grad - unit * (grad * unit).sum(axis=-1, keepdims=True)) / np.where(norms == 0, 1, norms)
         return np.where(norms == 0, 0.0, through)
 
@@ -79,8 +82,10 @@ def affine(rows: Matrix, matrix: Matrix, offset: Matrix) -> Matrix:
     return np.where(bad, 0.0, unit @ matrix.T + offset)
 
 
-def philox(seed: int, counter: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+def philox(seed: int, counter: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Any, Any]:
     """Return the four words of 32 bits of Philox 4x32-10 with this key of 64 bits.
+
+    The words of the counter are integers, or arrays of uint64 that broadcast.
 
     Source: Salmon, Moraes, Dror and Shaw, Parallel random numbers: as easy as 1, 2, 3, SC 2011.
     """
@@ -94,21 +99,20 @@ def philox(seed: int, counter: tuple[int, int, int, int]) -> tuple[int, int, int
     return a, b, c, d
 
 
-def normals(seed: int, numbers: list[int], dim: int) -> Matrix:
-    """Return `(n, dim)` Gaussian numbers, those of rows with these numbers, by Box and Muller."""
-    groups = -(-dim // 4)
-    found = np.empty((len(numbers), 4, groups))
-    for i, number in enumerate(numbers):
-        for group in range(groups):
-            words = philox(seed, (group, number & 0xFFFFFFFF, number >> 32 & 0xFFFFFFFF, 0))
-            u = [((each >> 8) + 0.5) * 2.0**-24 for each in words]
-            for pair in (0, 2):
-                radius, angle = np.sqrt(-2 * np.log(u[pair])), 2 * np.pi * u[pair + 1]
-                found[i, pair : pair + 2, group] = radius * np.cos(angle), radius * np.sin(angle)
-    return found.reshape(len(numbers), 4 * groups)[:, :dim]
+def normals(seed: int, numbers: ArrayLike, dim: int) -> Matrix:
+    """Return `(n, dim)` Gaussian numbers, those of rows with these numbers `(n,)`, by Box and Muller."""
+    rows = np.asarray(numbers, np.int64).view(np.uint64)[:, None]
+    groups = np.arange(-(-dim // 4), dtype=np.uint64)
+    words = philox(seed, (groups, rows & 0xFFFFFFFF, rows >> 32, 0))
+    u = [((each >> 8) + 0.5) * 2.0**-24 for each in words]
+    found = []
+    for pair in (0, 2):
+        radius, angle = np.sqrt(-2 * np.log(u[pair])), 2 * np.pi * u[pair + 1]
+        found += [radius * np.cos(angle), radius * np.sin(angle)]
+    return np.concatenate(found, axis=1)[:, :dim]
 
 
-def add_noise(rows: Matrix, std: float, seed: int, numbers: list[int]) -> Matrix:
+def add_noise(rows: Matrix, std: float, seed: int, numbers: ArrayLike) -> Matrix:
     """Return `pi(row + std n)` of `(n, dim)` rows, `n` being the `normals` of each; rows of zeros stay so."""
     noisy = project(rows + std * normals(seed, numbers, rows.shape[1]))
     return np.where((rows == 0).all(axis=1, keepdims=True), 0.0, noisy)

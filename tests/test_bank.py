@@ -3,7 +3,8 @@ import pytest
 import torch
 
 import realign_fast as rf
-from realign_fast import _C, reference
+from realign_fast import reference
+from realign_fast._native import _C
 
 DIM = 130
 NAMES = ["general", "medical", "satellite", "sketch", "x"]

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import realign_fast as rf
-from realign_fast import _C, _files, reference
+from realign_fast import _files, reference
 from realign_fast._dtypes import DTYPES, Rows, storage, to_float64
+from realign_fast._native import _C
 
 # 1: no vector; 47, 48, 49: around a tile; 200: several tiles and no whole one; 768: what users have.
 DIMS = (1, 3, 47, 48, 49, 200, 768)

@@ -533,6 +533,9 @@ for path in sys.argv[1:]:
 """
 
 
+limits_memory = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone limits the memory of a process so")
+
+
 def read_in_little_memory(*paths):
     result = subprocess.run(
         [sys.executable, "-c", READ_IN_LITTLE_MEMORY, *map(str, paths)], capture_output=True, text=True, timeout=60
@@ -543,6 +546,7 @@ def read_in_little_memory(*paths):
     return lines
 
 
+@limits_memory
 def test_pickles_that_would_exhaust_memory_or_time_are_refused(tmp_path):
     paths = [tmp_path / f"{index}.pkl" for index in range(len(BOMBS))]
     for path, data in zip(paths, BOMBS.values(), strict=True):
@@ -551,11 +555,13 @@ def test_pickles_that_would_exhaust_memory_or_time_are_refused(tmp_path):
     assert {name: line for name, line in found.items() if "refused" not in line} == {}
 
 
+@limits_memory
 def test_a_pickle_with_nested_tuples_as_a_key_is_refused(tmp_path):
     (tmp_path / "a.pkl").write_bytes(nested_tuples() + b"}h\x14K\x01sl.")
     assert "refused" in read_in_little_memory(tmp_path / "a.pkl")[0]
 
 
+@limits_memory
 def test_headers_that_claim_much_allocate_nothing(tmp_path):
     huge = {"embedding": tensor((1 << 30, 1 << 20), end=1 << 52)}
     paths = [

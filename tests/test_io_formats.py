@@ -9,8 +9,8 @@ import torch
 from pyarrow import parquet
 from safetensors.torch import save_file as save_tensors
 
-from realign_fast import _C
 from realign_fast._dtypes import to_float64
+from realign_fast._native import _C
 from realign_fast.alignment import gather_moments
 from realign_fast.io._raw import Blocks
 from realign_fast.io.formats import FORMATS, open_shard

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from realign_fast import _C, reference
+from realign_fast import reference
 from realign_fast._dtypes import DTYPES, Rows, storage, to_float64
+from realign_fast._native import _C
 from realign_fast._torch_rows import tensors_of
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

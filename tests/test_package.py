@@ -1,8 +1,10 @@
 """What is installed, and what importing it loads."""
 
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
 import zipfile
@@ -83,6 +85,7 @@ def test_sdist_holds_what_a_build_needs(sdist):
     for name in (
         "FORMATS.md",
         "Makefile",
+        ".ci/test-wheel",
         "constraints.txt",
         "kernels/__init__.py",
         "realign_fast/_C.pyi",
@@ -109,3 +112,42 @@ def test_wheel_from_the_sdist_is_whole_and_runs(sdist, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).is_relative_to(tmp_path)
+
+
+def test_without_a_compiler_it_is_installed_and_works(tmp_path):
+    """One line of the build says that the extension is missing, and one of the run."""
+    broken = {**os.environ, "CC": "/bin/false", "CXX": "/bin/false"}
+    source = tmp_path / "source"
+    for name in ("csrc", "kernels", "realign_fast"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so"))
+    for name in ("README.md", "LICENSE", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, source)
+    build = "from setuptools import build_meta; build_meta.build_wheel(r'..')"
+    for required in ("", "1"):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", build],
+            cwd=source, env={**broken, "REALIGN_FAST_REQUIRE_EXTENSION": required}, capture_output=True, text=True,
+        )  # fmt: skip
+        said = [line for line in done.stderr.splitlines() if "to build it takes a C++17 compiler" in line]
+        assert (done.returncode == 0) == (not required), done.stderr
+        assert len(said) == 1, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    code = """
+import numpy as np, realign_fast as rf
+rng = np.random.default_rng(0)
+text, image = 1 + rng.normal(size=(100, 8)), rng.normal(size=(90, 8))
+out = rf.fit(text, image).transform(text)
+assert np.allclose(np.linalg.norm(out, axis=1), 1)
+print(rf.__file__)
+"""
+    # -S: what finds an editable install would find its extension too.
+    paths = str(tmp_path / "installed"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-S", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path)
+    (said,) = done.stderr.splitlines()
+    assert "the compiled extension realign_fast._C is missing" in said

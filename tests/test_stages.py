@@ -5,8 +5,9 @@ import pytest
 import torch
 
 import realign_fast as rf
-from realign_fast import _C, reference
+from realign_fast import reference
 from realign_fast._dtypes import DTYPES, Rows, storage, to_float64
+from realign_fast._native import _C
 from realign_fast._steps import Affine, Noise
 from realign_fast._torch_rows import normals
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _C
 from .._dtypes import Rows
 from .._errors import BadRowsError
+from .._native import _C
 from .._steps import Noise
 from .._transform import Steps, transform_rows
 from ..backends import count_threads

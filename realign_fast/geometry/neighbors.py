@@ -20,9 +20,9 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _C
 from .._dtypes import Rows
 from .._extras import import_extra
+from .._native import _C
 from .._nearest import similarities as in_parts
 from .._rows import as_rows
 from ..backends import count_threads

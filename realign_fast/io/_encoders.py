@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._dtypes import Rows, storage
+from .._os import pread
 from ._arrow import DEFAULT_COLUMN, ArrowShard, ParquetShard, arrow_errors, import_pyarrow, list_array
 from ._id_order import PICKLE_ID
 from ._pickles import LoadedPickle
@@ -178,7 +179,7 @@ class TarEncoder:
 
 
 def _bytes_at(path: Path, fd: int, offset: int, size: int) -> bytes:
-    data = os.pread(fd, size, offset)
+    data = pread(fd, size, offset)
     if len(data) < size:
         raise ValueError(f"{path} was truncated while it was read")
     return data

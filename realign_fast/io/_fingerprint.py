@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from .. import _C
+from .._native import _C
+from .._os import pread
 from ._remote import AnyPath, RemotePath
 
 _BLOCK_BYTES = 4096
@@ -31,7 +32,7 @@ def fingerprint(path: AnyPath) -> str:
         last = max(0, size - _BLOCK_BYTES)
         blocks = [(last * i // (_NUM_BLOCKS - 1), _BLOCK_BYTES) for i in range(_NUM_BLOCKS)]
         for offset, length in ((0, _END_BYTES), *blocks, (max(0, size - _END_BYTES), _END_BYTES)):
-            hasher.update(os.pread(file.fileno(), length, offset))
+            hasher.update(pread(file.fileno(), length, offset))
     return hasher.hexdigest()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _C
+from .._native import _C
 from ._arrow import ArrowShard, ParquetShard, read_column
 from ._pickles import LoadedPickle, load_pickle
 from .formats import Shard, format_of

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _C, _files
+from .. import _files
+from .._native import _C
 from ._layouts import metadata_of
 from ._random import RandomRows
 from ._remote import AnyPath, state_of

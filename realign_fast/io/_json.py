@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from .._os import pread
+
 _CHUNK = 1 << 20  # characters read at a time
 # What has not ended by then is damaged, so that one missing brace does not bring the rest of a file into memory.
 _MAX_OBJECT = 1 << 26
@@ -72,7 +74,7 @@ class JsonObjects:
         with open(path, "rb", buffering=0) as file:
             if _state(file) != state:
                 raise ValueError(f"{path} has changed since it was read first")
-            value: dict[str, Any] = json.loads(os.pread(file.fileno(), end - begin, begin))
+            value: dict[str, Any] = json.loads(pread(file.fileno(), end - begin, begin))
         return value
 
 

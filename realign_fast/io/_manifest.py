@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from .._files import write_atomically
+from .._os import O_BINARY
 from .._version import __version__
 from .sources import MANIFEST
 
@@ -238,7 +239,7 @@ class Journal:
         write_atomically(self._path, "".join(_line(line) for line in lines).encode())
         if rank == 0:
             self._remove_parts()  # what they hold is here now
-        self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+        self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | O_BINARY)
 
     def add(self, entry: Entry) -> None:
         """Vouch for one more file."""

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _C
 from .._dtypes import Rows
+from .._native import _C
 from .._rows import dtype_name
 from ._raw import Blocks, Chunk, check_shape
 

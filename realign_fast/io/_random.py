@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _C
 from .._dtypes import storage
+from .._native import _C
+from .._os import O_BINARY
 from ._arrow import ArrowShard
 from ._npy import NpyShard
 from ._raw import Layout
@@ -244,7 +245,7 @@ class RandomRows:
             return fd
         while len(self._open) >= _MAX_OPEN_FILES:
             os.close(self._open.popitem(last=False)[1])
-        fd = os.open(str(self.paths[file]), os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(str(self.paths[file]), os.O_RDONLY | O_BINARY)
         status = os.fstat(fd)
         if [status.st_size, status.st_mtime_ns] != self._states[file]:
             os.close(fd)

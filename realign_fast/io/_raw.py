@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _C
 from .._dtypes import Rows, storage
+from .._native import _C, HAS_EXTENSION
+from .._os import advise
 from ._remote import AnyPath, FetchAhead, RemotePath
 
 _PAGE = 4096
@@ -130,7 +131,7 @@ def _open(path: AnyPath, blocks: Blocks) -> Iterator[_Fill]:
 def read_layout(path: AnyPath, layout: Layout, blocks: Blocks, first: int = 0) -> Generator[Chunk, None, None]:
     """Read the rows from row `first` on, a block at a time: where they lie if they can be used so, else copied."""
     aligned = layout.offset % storage(layout.dtype).itemsize == 0
-    if isinstance(path, Path) and aligned and not layout.swapped and not layout.fortran:
+    if HAS_EXTENSION and isinstance(path, Path) and aligned and not layout.swapped and not layout.fortran:
         return _mapped(path, layout, blocks, first)
     return _copied(path, layout, blocks, first)
 
@@ -142,8 +143,8 @@ def _mapped(path: Path, layout: Layout, blocks: Blocks, first: int) -> Generator
     window = max(1, _WINDOW_BYTES // (step * row_bytes)) * step
     with path.open("rb", buffering=0) as file:
         fd = file.fileno()
-        os.posix_fadvise(fd, layout.offset, 0, os.POSIX_FADV_SEQUENTIAL)
-        os.posix_fadvise(fd, layout.offset + first * row_bytes, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+        advise(fd, layout.offset, 0, "SEQUENTIAL")
+        advise(fd, layout.offset + first * row_bytes, _AHEAD_BYTES, "WILLNEED")
         for begin in range(first, layout.num_rows, window):
             count = min(window, layout.num_rows - begin)
             offset = layout.offset + begin * row_bytes
@@ -154,7 +155,7 @@ def _mapped(path: Path, layout: Layout, blocks: Blocks, first: int) -> Generator
                 # The disk reads on while these rows are at work.
                 ahead, size = offset + start * row_bytes + _AHEAD_BYTES, step * row_bytes
                 if not _in_memory(fd, ahead, size):
-                    os.posix_fadvise(fd, ahead, size, os.POSIX_FADV_WILLNEED)
+                    advise(fd, ahead, size, "WILLNEED")
                 yield Chunk(Rows(rows[start : start + step], layout.dtype), begin + start, check=check)
                 check()
 
@@ -164,7 +165,7 @@ def _in_memory(fd: int, offset: int, size: int) -> bool:
 
     To ask the kernel to read what it has costs it a walk over all the pages, a sixth of the time of a fit.
     """
-    if not hasattr(os, "RWF_NOWAIT"):
+    if not hasattr(os, "RWF_NOWAIT") or not hasattr(os, "preadv"):
         return False
     try:
         for quarter in range(1, 5):

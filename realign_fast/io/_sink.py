@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .. import _C
+from .._native import _C
+from .._os import O_BINARY
 
 
 class Sink:
@@ -23,7 +24,7 @@ class Sink:
         self._hasher = _C.XXH64()
         self._temporary = path.with_name(f".{path.name}.tmp-{os.urandom(4).hex()}")
         with self._errors():
-            self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | O_BINARY, 0o666)
 
     def write(self, data: Any) -> int:
         """Append `data`, any contiguous buffer."""

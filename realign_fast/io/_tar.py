@@ -6,7 +6,6 @@ Folders, hidden files and names without a dot belong to no sample.
 
 from __future__ import annotations
 
-import os
 import re
 from array import array
 from collections.abc import Generator, Iterator
@@ -17,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _C
 from .._dtypes import Rows, storage
+from .._native import _C
+from .._os import pread
 from . import _npy
 from ._raw import Blocks, Chunk, check_shape
 from ._tar_headers import BLOCK_BYTES, Member, Window, padded, read_windows, shown
@@ -130,7 +130,7 @@ class TarShard:
                         f"{self.path}: sample {shown(key)} has dimension {known.shape[-1]} and dtype {known.dtype}, "
                         f"expected {self.dim} and {self.dtype} as in the first"
                     )
-                begin, size = os.pread(fd, known.offset, member.data), member.size
+                begin, size = pread(fd, known.offset, member.data), member.size
             yield Sample(key, members, member.header, member.data + known.offset, len(known.shape), known.swapped)
 
     def _grouped(self, fd: int) -> Generator[tuple[str, dict[str, Member], Window], None, None]:
@@ -185,7 +185,7 @@ class TarShard:
         name = f"{self.path}: member {shown(member.name)}"
         if member.sized:
             raise ValueError(f"{name} states its size in a pax header, as no embedding needs to")
-        found = _npy.parse(name, os.pread(fd, min(member.size, _npy.MAX_START_BYTES), member.data), member.size)
+        found = _npy.parse(name, pread(fd, min(member.size, _npy.MAX_START_BYTES), member.data), member.size)
         shape = found.shape
         if len(shape) not in (1, 2) or (len(shape) == 2 and shape[0] != 1):
             raise ValueError(f"{name}: expected an array of shape (dim,) or (1, dim), got {shape!r}")
@@ -300,7 +300,7 @@ class LoadedTar:
                 f"{self.path}: member {shown(member.name)} of {member.size} bytes is too large for a column, "
                 f"expected at most {_MAX_COLUMN_BYTES}"
             )
-        data = os.pread(fd, member.size, member.data)
+        data = pread(fd, member.size, member.data)
         if len(data) < member.size:
             raise ValueError(f"{self.path} was truncated while it was read")
         try:

@@ -15,6 +15,8 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from .._os import pread
+
 BLOCK_BYTES = 512
 # Windows grow to this where headers lie close together, and begin small anew after large data that are skipped.
 _WINDOW_BYTES = 256 << 10
@@ -251,14 +253,14 @@ class _Headers:
             position += len(data)
 
     def _read(self, position: int, size: int) -> bytes:
-        data = os.pread(self._fd, size, position)
+        data = pread(self._fd, size, position)
         if len(data) < size:
             raise ValueError(f"{self._path} was truncated while it was read")
         return data
 
     def _fail(self, position: int, what: str) -> NoReturn:
         if position == 0:
-            begin = os.pread(self._fd, 8, 0)
+            begin = pread(self._fd, 8, 0)
             for magic, name in _COMPRESSED.items():
                 if begin.startswith(magic):
                     raise ValueError(f"{self._path} is compressed with {name}: decompress it first")

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import _C
 from .._dtypes import Rows, storage, to_float64
 from .._errors import BadRowsError
+from .._native import _C
+from .._os import O_PLAIN
 from .._progress import progress as show_progress
 from .._ranks import ALONE, Ranks
 from .._rows import dtype_name
@@ -694,7 +695,7 @@ def verify(out_dir: str | os.PathLike[str], progress: Callable[[int], None] | No
 def _hash_problem(folder: Path, output: dict[str, Any]) -> str | None:
     path = folder / output["name"]
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe must not keep it waiting
+        fd = os.open(path, os.O_RDONLY | O_PLAIN)
     except OSError as error:
         return f"{output['name']}: {error.strerror}"
     if not stat.S_ISREG(os.fstat(fd).st_mode):
