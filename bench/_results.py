@@ -57,8 +57,8 @@ class Figure:
 
     @property
     def slower(self) -> bool:
-        """Whether a peer does the same work in less time."""
-        return self.peer_median_s is not None and self.ratio is not None and self.ratio < 1
+        """Whether a peer takes less time, by more than ours varies."""
+        return self.peer_median_s is not None and self.ratio is not None and self.ratio < 1 - self.spread
 
 
 def revision() -> str:

@@ -89,6 +89,7 @@ def compare_on_tmpfs(measure, num_rows: int, rounds: int, goal: float) -> None:
         for seed, side in enumerate(("text", "image")):
             make_shards(folder / side, num_rows, seed)
             make_pickles(folder / side, folder / f"{side}-pickles")
+        fit_and_apply(folder)  # the first to touch so much memory waits for the machine to hand it out
         ours, theirs, floors = [], [], []
         for _ in range(rounds):
             ours.append(fit_and_apply(folder))
@@ -101,8 +102,8 @@ def compare_on_tmpfs(measure, num_rows: int, rounds: int, goal: float) -> None:
         {PUBLISHED: theirs, FLOOR: floors},
         goals={PUBLISHED: goal},
         why={
-            PUBLISHED: "not much above Python starting twice and only moving the bytes, which the next line shows",
-            FLOOR: "the peer only moves the bytes",
+            PUBLISHED: "two starts of Python that only move the bytes, the line below, stand at the goal or short of it",
+            FLOOR: "the peer only moves the bytes: a fit also adds up in three reads, an apply maps and makes checksums",
         },
         **about,
     )
@@ -133,7 +134,8 @@ def test_on_disk(measure, pick, folder):
         limit.append(read + timed(["sh", "-c", f"cp -r {folder}/out {folder}/copy && sync {folder}/copy/*"])[0])
     peer = "cp and sync of the outputs, plus cat of the inputs"
     about = {"unit": "s", "dtype": "float32", "shape": (num_rows, DIM), "note": "disk"}
-    measure.times("fit and apply", ours, {peer: limit}, goals={peer: 1 / 1.3}, **about)
+    why = {peer: "the peer only moves the bytes; within the goal, 1.3 times its time"}
+    measure.times("fit and apply", ours, {peer: limit}, goals={peer: 1 / 1.3}, why=why, **about)
 
 
 def test_memory(measure, pick, folder):

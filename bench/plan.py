@@ -21,12 +21,11 @@ from pathlib import Path
 
 import numpy as np
 
-from realign_fast import fit
 from realign_fast._dtypes import storage
 from realign_fast.alignment import gather_moments
 from realign_fast.benchmark import rows_of
 
-PROBE_BYTES = 512 << 20
+PROBE_BYTES = 512 << 20, 2048 << 20
 DTYPES = ("float16", "float32")
 
 
@@ -127,28 +126,26 @@ def commands(folder: Path) -> tuple[float, float]:
 
 
 def probe(place: Path | None, dim: int, dtype: str, rounds: int = 3) -> Rates:
-    """Return the rates of this machine for rows of this kind; `place` should lie in memory, such as /dev/shm."""
+    """Return the rates of this machine for rows of this kind; `place` should lie in memory, such as /dev/shm.
 
-    def fastest(run) -> float:
-        took = []
-        for _ in range(rounds):
-            begin = time.perf_counter()
-            run()
-            took.append(time.perf_counter() - begin)
-        return float(np.median(took))
-
-    with tempfile.TemporaryDirectory(dir=place) as name, tempfile.TemporaryDirectory(dir=place) as small:
-        folder, few = Path(name), Path(small)
-        count = PROBE_BYTES // (dim * storage(dtype).itemsize)
-        write_sides(folder, count, dim, dtype)
-        write_sides(few, 1000, dim, dtype)
-        text, image = folder / "text", folder / "image"
-        starts = np.median([commands(few) for _ in range(rounds)], axis=0)
-        first = fastest(lambda: gather_moments(text))
-        whole = fastest(lambda: fit(text, image))
-        applied = float(np.median([commands(folder)[1] for _ in range(rounds)])) - starts[1]
-    size = count * dim * storage(dtype).itemsize
-    return Rates(size / first, size / (whole - 2 * first), size / applied, float(starts[0]), float(starts[1]))
+    From two sizes: what does not grow with them is the start.
+    """
+    sizes, took = [], []
+    for num_bytes in PROBE_BYTES:
+        count = num_bytes // (dim * storage(dtype).itemsize)
+        with tempfile.TemporaryDirectory(dir=place) as name:
+            folder = Path(name)
+            write_sides(folder, count, dim, dtype)
+            times = []
+            for _ in range(rounds + 1):
+                begin = time.perf_counter()
+                gather_moments(folder / "text")
+                times.append((time.perf_counter() - begin, *commands(folder)))
+        sizes.append(count * dim * storage(dtype).itemsize)
+        took.append(np.median(times[1:], axis=0))
+    first, of_fit, of_apply = (took[1] - took[0]) / (sizes[1] - sizes[0])
+    starts = took[0] - sizes[0] * np.array([first, of_fit, of_apply])
+    return Rates(1 / first, 1 / (of_fit - 2 * first), 1 / of_apply, float(starts[1]), float(starts[2]))
 
 
 def show(steps: dict[str, list[Step]]) -> None:
@@ -171,7 +168,9 @@ if __name__ == "__main__":
     parser.add_argument("--disk-gb-per-s", type=float, help="of each machine, reading and writing together")
     parser.add_argument("--network-gb-per-s", type=float, help="of each machine")
     parser.add_argument("--shards", choices=("local", "remote"), default="local")
-    parser.add_argument("--folder", type=Path, help="where a gigabyte is written to measure rates; default: /dev/shm")
+    parser.add_argument(
+        "--folder", type=Path, help="where four gigabytes are written to measure rates; default: /dev/shm"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     shm = Path("/dev/shm")
