@@ -102,8 +102,8 @@ def compare_on_tmpfs(measure, num_rows: int, rounds: int, goal: float) -> None:
         {PUBLISHED: theirs, FLOOR: floors},
         goals={PUBLISHED: goal},
         why={
-            PUBLISHED: "two starts of Python that only move the bytes, the line below, stand at the goal or short of it",
-            FLOOR: "the peer only moves the bytes: a fit also adds up in three reads, an apply maps and makes checksums",
+            PUBLISHED: "two starts of Python that only move the bytes stand no higher than the goal, or below it",
+            FLOOR: "the peer only moves the bytes: a fit also adds up what it reads, an apply maps and hashes",
         },
         **about,
     )
