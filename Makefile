@@ -18,7 +18,7 @@ INSTALLED_FROM = pyproject.toml setup.py constraints.txt $(EXTENSION_FILES)
 .PHONY: test test-all wheel demo bench bench-full studies docs lint types sanitize clean
 .DEFAULT_GOAL = test
 
-# What the extension does, and what stands on it, once more without the extension.
+# What the extension does, and what stands on it, once more without the extension: by `make test-all`.
 PLAIN = $(addprefix tests/test_,alignment.py bank.py cli.py covariance.py file_kernels.py io_bad_input.py io_formats.py \
   io_fuzz.py io_writer.py kernels.py moments.py stages.py)
 
@@ -27,7 +27,6 @@ INTERPRETED = $(wildcard tests/test_triton_*.py) tests/test_kernel_values.py tes
 test: $(INSTALLED)
 	$(BIN)/pytest
 	TRITON_INTERPRET=1 $(BIN)/pytest $(INTERPRETED)
-	REALIGN_FAST_NO_EXTENSION=1 $(BIN)/pytest $(PLAIN)
 
 test-all: $(INSTALLED)
 	$(BIN)/pytest -m 'slow or not slow'

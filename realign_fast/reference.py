@@ -5,10 +5,11 @@ Source: ReAlign, arXiv 2602.07026, Anchor, Trace and Centroid alignment.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 Matrix = NDArray[np.float64]
 
@@ -99,9 +100,9 @@ def philox(seed: int, counter: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Any
     return a, b, c, d
 
 
-def normals(seed: int, numbers: ArrayLike, dim: int) -> Matrix:
+def normals(seed: int, numbers: Iterable[int], dim: int) -> Matrix:
     """Return `(n, dim)` Gaussian numbers, those of rows with these numbers `(n,)`, by Box and Muller."""
-    rows = np.asarray(numbers, np.int64).view(np.uint64)[:, None]
+    rows = np.array([int(number) % 2**64 for number in numbers], np.uint64)[:, None]
     groups = np.arange(-(-dim // 4), dtype=np.uint64)
     words = philox(seed, (groups, rows & 0xFFFFFFFF, rows >> 32, 0))
     u = [((each >> 8) + 0.5) * 2.0**-24 for each in words]
@@ -112,7 +113,7 @@ def normals(seed: int, numbers: ArrayLike, dim: int) -> Matrix:
     return np.concatenate(found, axis=1)[:, :dim]
 
 
-def add_noise(rows: Matrix, std: float, seed: int, numbers: ArrayLike) -> Matrix:
+def add_noise(rows: Matrix, std: float, seed: int, numbers: Iterable[int]) -> Matrix:
     """Return `pi(row + std n)` of `(n, dim)` rows, `n` being the `normals` of each; rows of zeros stay so."""
     noisy = project(rows + std * normals(seed, numbers, rows.shape[1]))
     return np.where((rows == 0).all(axis=1, keepdims=True), 0.0, noisy)
