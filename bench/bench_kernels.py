@@ -15,6 +15,8 @@ from realign_fast.benchmark import rows_of
 from realign_fast.nn import ReAlign
 
 CHECKED_BY = ("test_kernels.py", "test_bank.py", "test_nn.py")
+# All of them are for a full run, the ends of the range for a short one.
+DIMS = [pytest.param(dim, marks=[] if dim in (512, 4096) else pytest.mark.slow) for dim in (512, 768, 1024, 1280, 4096)]
 SETS = _C.instruction_sets()
 BEST = SETS[-1]
 TORCH = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -141,7 +143,7 @@ def test_row_transform_against_libraries(measure, pick, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("dim", [512, 768, 1024, 1280, 4096])
+@pytest.mark.parametrize("dim", DIMS)
 def test_in_place(measure, pick, dim, dtype):
     rows = rows_of(pick(1 << 20, 1 << 28, 1 << 30) // (dim * (8 if dtype == "float64" else 4)), dim, dtype)
     x, alignment = tensor_of(rows, dtype), alignment_of(dim)
@@ -185,7 +187,7 @@ def test_moments(measure, pick, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("dim", [512, 768, 1024, 1280, 4096])
+@pytest.mark.parametrize("dim", DIMS)
 def test_moments_by_dimension(measure, pick, dim, dtype):
     rows = rows_of(pick(1 << 20, 1 << 28, 1 << 30) // (dim * (8 if dtype == "float64" else 4)), dim, dtype)
     x = tensor_of(rows, dtype)
