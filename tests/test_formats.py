@@ -24,7 +24,7 @@ from realign_fast.io.writer import verify
 from realign_fast.revision import ReVisionConfig, ReVisionForCausalLM
 
 HERE = Path(__file__).parent
-PAGE = (HERE.parent / "FORMATS.md").read_text()
+PAGE = (HERE.parent / "realign_fast" / "FORMATS.md").read_text()
 VERSIONS = sorted(path.name for path in (HERE / "files").iterdir() if path.is_dir() and path.name[0].isdigit())
 THIS = ".".join(rf.__version__.split(".")[:2])
 DTYPES = {"F64": "<f8", "F32": "<f4", "I64": "<i8", "U64": "<u8", "U8": "u1"}

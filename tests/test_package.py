@@ -83,7 +83,7 @@ def test_sdist_holds_what_a_build_needs(sdist):
     assert headers
     assert {path.relative_to(sdist) for path in (sdist / "csrc").rglob("*.h")} == headers
     for name in (
-        "FORMATS.md",
+        "realign_fast/FORMATS.md",
         "Makefile",
         ".ci/test-wheel",
         "constraints.txt",

@@ -221,7 +221,8 @@ def test_report_from_the_command_line(files, tmp_path, capsys):
     assert summary["output"] == str(output / "report.html")
     assert list(summary["methods"]) == ["none", "realign", "c3", "coral"]
     found = figures_of(output)
-    page = (Path(__file__).parents[1] / "FORMATS.md").read_text().partition("## Reports\n")[2].partition("\n## ")[0]
+    formats = (Path(__file__).parents[1] / "realign_fast" / "FORMATS.md").read_text()
+    page = formats.partition("## Reports\n")[2].partition("\n## ")[0]
     keys = [
         name for cell in re.findall(r"^\| (`.*?) \|", page, flags=re.MULTILINE) for name in re.findall(r"\w+", cell)
     ]
