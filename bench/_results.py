@@ -78,7 +78,7 @@ def append(path: Path, figures: Iterable[Figure], time: str, machine: dict[str, 
     stamp = {"time": time, "revision": revision()}
     on = {name: machine[name] for name in MACHINE}
     on["vector_flags"] = " ".join(machine["vector_flags"])
-    on["versions"] = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    on["versions"] = named_versions(machine)
     lines = [stamp | asdict(figure) | on for figure in figures]
     names = [*stamp, *(field.name for field in fields(Figure)), *MACHINE]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +88,17 @@ def append(path: Path, figures: Iterable[Figure], time: str, machine: dict[str, 
         if is_new:
             writer.writeheader()
         writer.writerows({name: _text(value) for name, value in line.items()} for line in lines)
+
+
+def named_versions(machine: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+
+
+def machine_line(on: dict[str, Any]) -> str:
+    """Return a machine in words, its versions given in words too."""
+    memory = f"{float(on['memory_gb']):.0f} GB"
+    parts = [on["processor"], f"{on['cores']} cores", memory, on["instruction_set"], on["system"]]
+    return f"{', '.join(parts)}; {on['versions']}"
 
 
 def _text(value: object) -> str:
@@ -104,10 +115,7 @@ class Run:
     figures: list[Figure]
 
     def machine_line(self) -> str:
-        on = self.machine
-        memory = f"{float(on['memory_gb']):.0f} GB"
-        parts = [on["processor"], f"{on['cores']} cores", memory, on["instruction_set"], on["system"]]
-        return f"{', '.join(parts)}; {on['versions']}; {self.time[:10]}, revision {self.revision}."
+        return f"{machine_line(self.machine)}; {self.time[:10]}, revision {self.revision}."
 
 
 def last_runs(path: Path = FIGURES) -> dict[str, Run]:

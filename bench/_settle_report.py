@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _intervals import deviation, interval
 from _settle_seed import ATTRIBUTES
 
 Claims = dict[str, tuple[str, tuple[tuple[str, str], ...]]]  # by title: the stage, and pairs of arms: more, less
@@ -15,19 +16,6 @@ DECIDES = "zero-shot seen mean"
 _REST = {"unseen": "zero-shot unseen", "after stage 2": "stage 2 seen", "unseen after stage 2": "stage 2 unseen"}
 COLUMNS = ["stage 1 on", "cosine to pair", "zero-shot: mean of six", "against paired (95%)", "it", *ATTRIBUTES]
 COLUMNS += ["all right", *(f"{title}: {name}" for title in _REST for name in ("mean", "all right"))]
-
-
-def interval(differences: np.ndarray) -> tuple[float, float, float]:
-    """Return the mean and the ends of its 95% interval, after Student."""
-    from scipy.stats import t
-
-    count, mean = len(differences), float(differences.mean())
-    half = float(t.ppf(0.975, count - 1)) * deviation(differences) / np.sqrt(count) if count > 1 else np.inf
-    return mean, mean - half, mean + half
-
-
-def deviation(values: np.ndarray) -> float:
-    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What every script here shares: a row a figure, a table on the screen, a JSON file."""
+"""What the scripts here share: their arguments, a row a figure, a JSON file."""
 
 from __future__ import annotations
 
@@ -21,13 +21,3 @@ def row(what: str, ours: float, peer: str, ratio: float, goal: str, spread: floa
 
 def write_json(path: Path, **parts: Any) -> None:
     path.write_text(json.dumps(parts, indent=1) + "\n")
-
-
-def report(rows: list[dict[str, Any]], path: Path | None, machine: dict[str, Any], **settings: Any) -> None:
-    for line in rows:
-        print(
-            f"{line['what']:58} {line['ours']:9.3g} {line['unit']:6} {line['ratio']:7.2f} x {line['peer']:40} "
-            f"goal {line['goal']:22} spread {line['spread']:.1%}"
-        )
-    if path is not None:
-        write_json(path, machine=machine, settings=settings, rows=rows)

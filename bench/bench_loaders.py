@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -58,8 +59,6 @@ def read_into(paths: list[Path]) -> None:
 
 @pytest.fixture(scope="module")
 def paths(pick, request, tmp_path_factory):
-    import tempfile
-
     with tempfile.TemporaryDirectory(dir=request.config.option.folder) as name:
         yield write_shards(Path(name), pick(20_000, 1_000_000, 10_000_000), DIM)
 

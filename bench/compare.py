@@ -21,6 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parent))
+from _intervals import interval as interval_of_mean
+
 ROOT = Path(__file__).parents[1]
 SLOWER = 0.05
 
@@ -49,11 +52,8 @@ def timed(tree: Path, more: list[str], result: Path, checked: bool) -> dict[str,
 
 def interval(logs: np.ndarray) -> tuple[float, float, float]:
     """Return the ratio and the ends of its 95% interval."""
-    from scipy.stats import t
-
-    mean = float(logs.mean())
-    half = float(t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs))) if len(logs) > 1 else np.inf
-    return float(np.exp(mean)), float(np.exp(mean - half)), float(np.exp(mean + half))
+    mean, low, high = (float(np.exp(value)) for value in interval_of_mean(logs))
+    return mean, low, high
 
 
 def verdict(ratio: float, low: float, high: float) -> str:

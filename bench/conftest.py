@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -78,10 +79,8 @@ def pick(request: pytest.FixtureRequest) -> Callable[[T, T, T], T]:
 
 
 @pytest.fixture
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(request: pytest.FixtureRequest) -> Iterator[Path]:
     """Return a folder for files of gigabytes, which goes again after the case."""
-    import tempfile
-
     with tempfile.TemporaryDirectory(dir=request.config.option.folder) as name:
         yield Path(name)
 
@@ -103,8 +102,6 @@ def tests_pass(request: pytest.FixtureRequest) -> Callable[[tuple[str, ...]], bo
 
 class Limits:
     """What this machine can do at most, one call at a time, over memory of its own: made when first asked for."""
-
-    NAMES = ("read", "copy", "sgemm")
 
     def __init__(self, num_bytes: int, side: int) -> None:
         self._num_bytes, self._side = num_bytes, side

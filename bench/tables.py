@@ -12,18 +12,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _results import COLUMNS, ROOT, Run, cells, last_runs, number
+from _results import COLUMNS, ROOT, Run, cells, last_runs, machine_line, named_versions, number
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
-
-
-def machine_line(machine: dict) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    return (
-        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gb']:.0f} GB, "
-        f"{machine['instruction_set']}, {machine['system']}; {versions}."
-    )
 
 
 def lines_of(header: tuple[str, ...] | list[str], rows: list) -> list[str]:
@@ -44,11 +36,11 @@ def of_study(result: dict) -> list[str]:
 def behind(runs: dict[str, Run]) -> list[str]:
     """Return what misses its goal or is slower than a peer, in all groups, and why."""
     found = [figure for run in runs.values() for figure in run.figures if figure.missed or figure.slower]
-    return lines_of(["what", "against", "ratio", "goal", "why"], [(*_some(cells(each)), each.why) for each in found])
-
-
-def _some(line: tuple[str, ...]) -> tuple[str, ...]:
-    return (line[0], *line[4:])
+    rows = []
+    for figure in found:
+        what, _, _, _, *against = cells(figure)
+        rows.append((what, *against, figure.why))
+    return lines_of(["what", "against", "ratio", "goal", "why"], rows)
 
 
 def filled(text: str) -> str:
@@ -62,7 +54,8 @@ def filled(text: str) -> str:
             lines = [runs[name].machine_line(), "", *lines_of(COLUMNS, [cells(each) for each in runs[name].figures])]
         else:
             result = json.loads((RESULTS / f"{name}.json").read_text())
-            lines = [machine_line(result["machine"]), "", *of_study(result)]
+            on = result["machine"]
+            lines = [f"{machine_line(on | {'versions': named_versions(on)})}.", "", *of_study(result)]
         return "\n".join([f"<!-- {name} -->", *lines, "<!-- end -->"])
 
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
