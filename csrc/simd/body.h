@@ -551,9 +551,11 @@ struct FusedRow {
 
 // Elements [from, to) of rows that share the loads of both vectors.
 template <int kRows, typename In, typename Out>
-inline void write_fused(const FusedRow<In, Out> (&rows)[kRows], const Map& map, int64_t from, int64_t to) {
+inline void write_fused(const FusedRow<In, Out> (&rows)[kRows], const Map& map, int64_t from, int64_t to,
+                        Ahead* ahead) {
   int64_t j = from;
   for (; j + W <= to; j += W) {
+    ahead->step(kRows * W * int64_t(sizeof(In)) / 2);
     const F shift = load(map.shift + j), correction = load(map.correction + j);
 #pragma GCC unroll 2
     for (int r = 0; r < kRows; ++r) store(rows[r].out + j, rows[r].value(load(rows[r].x + j), shift, correction));
@@ -574,14 +576,14 @@ inline void stream_fused(const FusedRow<In, Out> (&rows)[1], const Map& map, int
   const int64_t past = int64_t(reinterpret_cast<uintptr_t>(out) % 64) / int64_t(sizeof(Out));
   const int64_t begin = past == 0 ? 0 : kLine - past < dim ? kLine - past : dim;
   const int64_t end = begin + (dim - begin) / kLine * kLine;
-  write_fused(rows, map, 0, begin);
+  write_fused(rows, map, 0, begin, ahead);
   for (int64_t j = begin; j < end; j += kLine) {
     ahead->step(kLine * int64_t(sizeof(In)) / 2);
 #pragma GCC unroll 8
     for (int64_t k = j; k < j + kLine; k += W)
       stream(out + k, row.value(load(row.x + k), load(map.shift + k), load(map.correction + k)));
   }
-  write_fused(rows, map, end, dim);
+  write_fused(rows, map, end, dim, ahead);
 }
 
 template <typename In, typename Out>
@@ -606,10 +608,10 @@ void row_transform(const RowRange& rows, const MapTable& maps, char* out_data, i
       if (nontemporal && reinterpret_cast<uintptr_t>(out_at(k)) % sizeof(Out) == 0) {
         stream_fused({row_of(k)}, map, rows.dim, &ahead);
       } else if (k + 1 < count && factors.fused[k + 1] && &maps.of(first + k + 1) == &map) {
-        write_fused<2, In, Out>({row_of(k), row_of(k + 1)}, map, 0, rows.dim);
+        write_fused<2, In, Out>({row_of(k), row_of(k + 1)}, map, 0, rows.dim, &ahead);
         ++k;
       } else {
-        write_fused<1, In, Out>({row_of(k)}, map, 0, rows.dim);
+        write_fused<1, In, Out>({row_of(k)}, map, 0, rows.dim, &ahead);
       }
     }
   }
