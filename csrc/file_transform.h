@@ -1,4 +1,4 @@
-// Rows read from files and mapped while they are still in the cache: both in one pass over memory.
+// Rows read from files and mapped in one pass over memory: while they are in the cache, or from where they lie.
 #pragma once
 
 #include "row_transform.h"

@@ -76,10 +76,13 @@ class _AlignedRows:
         if index is not None:
             self.ids = open_ids(Path(index), self.rows, id_column, None if ids is None else file_paths(ids))
 
-    def take(self, numbers: NDArray[np.int64], fill: Fill | None, seed: int) -> torch.Tensor:
+    def take(
+        self, numbers: NDArray[np.int64], fill: Fill | None, seed: int, *, in_parts: bool = False
+    ) -> torch.Tensor:
         """Return the rows with these numbers `(n,)` as a tensor `(n, dim)`; in a loader's worker, in shared memory.
 
-        `fill` says how, by default by reading one after the other. The seed is that of noise.
+        `fill` says how, by default by reading one after the other; `in_parts`, if it maps rows only after it has put
+        all of them into their place. The seed is that of noise.
         """
         out = self._memory.new((len(numbers), self.rows.dim), getattr(torch, self.rows.dtype))
         target, threads = host_values(out, self.rows.dtype), count_threads(None)
@@ -92,7 +95,8 @@ class _AlignedRows:
         row_map = None  # of rows that may be mapped as they are read
         if steps.single and steps.table and not parameters.noise_std and self._watch is None:
             row_map = steps.table[0].row_map
-        step = max(1, _PART_BYTES * threads // self.rows.row_bytes)
+        in_parts = in_parts or row_map is None
+        step = max(1, _PART_BYTES * threads // self.rows.row_bytes if in_parts else len(numbers))
         for start in range(0, len(numbers), step):
             to = target[start : start + step]
             bad = fill(start, to, threads, row_map)
@@ -437,7 +441,7 @@ class EmbeddingStream(IterableDataset[Sample]):
         def from_files(start: int, to: NDArray[Any], *how: Any) -> BadRows:
             return self._source.rows.read_range(int(numbers[start]), to, *how)
 
-        return self._source.take(numbers, from_buffer if self.shuffle else from_files, seed)
+        return self._source.take(numbers, from_buffer if self.shuffle else from_files, seed, in_parts=self.shuffle)
 
 
 class _Order:

@@ -39,8 +39,10 @@ def file_of(path, rows, before=24):
     return os.open(path, os.O_RDONLY)
 
 
-# One row, fewer than a block, more than a piece of 256 KB, rows larger than a piece.
-@pytest.mark.parametrize(("count", "dim"), [(1, 1), (3, 255), (700, 768), (4099, 64), (3, 200_001)])
+# One row, fewer than a block, more than a piece of 256 KB, rows larger than a piece, and more than 4 MiB in all.
+@pytest.mark.parametrize(
+    ("count", "dim"), [(1, 1), (3, 255), (700, 768), (4099, 64), (3, 200_001), (3001, 700), (3, 700_001)]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_are_mapped_as_they_are_in_memory(tmp_path, instruction_set, count, dim, dtype):
     rows = make(count, dim, dtype)
@@ -61,29 +63,41 @@ def test_rows_are_mapped_as_they_are_in_memory(tmp_path, instruction_set, count,
     os.close(fd)
 
 
-def test_bad_rows_are_counted_and_the_first_is_named(tmp_path):
-    rows = make(5000, 96, "float32")
+@pytest.mark.parametrize("dim", [96, 300], ids=["in pieces", "where it lies"])
+def test_bad_rows_are_counted_and_the_first_is_named(tmp_path, dim):
+    rows = make(5000, dim, "float32")
     rows[[4100, 4800]] = 0
     rows[4500, 3] = np.inf
     fd = file_of(tmp_path / "a", rows)
     for threads in (1, 2):
         out = np.empty_like(rows)
-        assert _C.read_file_transform(fd, 24, out, False, map_of(96), threads) == (5000, 2, 1, 4100)
+        assert _C.read_file_transform(fd, 24, out, False, map_of(dim), threads) == (5000, 2, 1, 4100)
         assert not out[[4100, 4500, 4800]].any()
     os.close(fd)
 
 
-def test_a_file_that_ends_early(tmp_path):
-    rows = make(5000, 96, "float32")
+def test_rows_at_an_odd_place_of_a_file(tmp_path):
+    rows = make(3001, 700, "float32")
+    expected, out = np.empty_like(rows), np.empty_like(rows)
+    _C.row_transform(rows, False, expected, False, map_of(700), 1)
+    fd = file_of(tmp_path / "a", rows, before=25)
+    assert _C.read_file_transform(fd, 25, out, False, map_of(700), 2) == (3001, 0, 0, -1)
+    np.testing.assert_array_equal(out, expected)
+    os.close(fd)
+
+
+@pytest.mark.parametrize("dim", [96, 300], ids=["in pieces", "where it lies"])
+def test_a_file_that_ends_early(tmp_path, dim):
+    rows = make(5000, dim, "float32")
     fd = file_of(tmp_path / "a", rows)
-    os.truncate(tmp_path / "a", 24 + 3000 * 96 * 4 + 10)
+    os.truncate(tmp_path / "a", 24 + 3000 * dim * 4 + 10)
     out = np.empty_like(rows)
-    assert _C.read_file_transform(fd, 24, out, False, map_of(96), 2)[0] == 3000
-    offsets = 24 + np.arange(5000) * 96 * 4
-    assert _C.read_rows_transform(np.full(5000, fd, np.int32), offsets, out, False, map_of(96), 2)[0] == 3000
+    assert _C.read_file_transform(fd, 24, out, False, map_of(dim), 2)[0] == 3000
+    offsets = 24 + np.arange(5000) * dim * 4
+    assert _C.read_rows_transform(np.full(5000, fd, np.int32), offsets, out, False, map_of(dim), 2)[0] == 3000
     os.close(fd)
     with pytest.raises(OSError, match="Bad file descriptor"):
-        _C.read_file_transform(fd, 24, out, False, map_of(96), 2)
+        _C.read_file_transform(fd, 24, out, False, map_of(dim), 2)
 
 
 def test_wrong_arguments(tmp_path):
