@@ -24,14 +24,16 @@ PLAIN = $(addprefix tests/test_,alignment.py bank.py cli.py covariance.py file_k
 
 # The GPU kernels are compiled in one process and interpreted in another: Triton does either.
 INTERPRETED = $(wildcard tests/test_triton_*.py) tests/test_kernel_values.py tests/test_gpu_bench.py
+# Tests wait for one thread or for other processes most of the time; those of a file share what it sets up.
+SPREAD = -n logical --maxprocesses 4 --dist loadfile
 test: $(INSTALLED)
-	$(BIN)/pytest
-	TRITON_INTERPRET=1 $(BIN)/pytest $(INTERPRETED)
+	$(BIN)/pytest $(SPREAD)
+	TRITON_INTERPRET=1 $(BIN)/pytest $(SPREAD) $(INTERPRETED)
 
 test-all: $(INSTALLED)
-	$(BIN)/pytest -m 'slow or not slow'
-	REALIGN_FAST_NO_EXTENSION=1 $(BIN)/pytest $(PLAIN)
-	TRITON_INTERPRET=1 $(BIN)/pytest $(INTERPRETED)
+	$(BIN)/pytest $(SPREAD) -m 'slow or not slow'
+	REALIGN_FAST_NO_EXTENSION=1 $(BIN)/pytest $(SPREAD) $(PLAIN)
+	TRITON_INTERPRET=1 $(BIN)/pytest $(SPREAD) $(INTERPRETED)
 
 wheel:
 	PYTHON=$(PYTHON) .ci/wheel

@@ -76,9 +76,7 @@ class _AlignedRows:
         if index is not None:
             self.ids = open_ids(Path(index), self.rows, id_column, None if ids is None else file_paths(ids))
 
-    def take(
-        self, numbers: NDArray[np.int64], fill: Fill | None, seed: int, *, in_parts: bool = False
-    ) -> torch.Tensor:
+    def take(self, numbers: NDArray[np.int64], fill: Fill | None, seed: int, *, in_parts: bool = False) -> torch.Tensor:
         """Return the rows with these numbers `(n,)` as a tensor `(n, dim)`; in a loader's worker, in shared memory.
 
         `fill` says how, by default by reading one after the other; `in_parts`, if it maps rows only after it has put
