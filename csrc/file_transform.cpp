@@ -23,10 +23,19 @@ int64_t rows_in_file(int fd, int64_t offset, int64_t row_bytes) {
   return std::max<int64_t>(0, int64_t(found.st_size) - offset) / row_bytes;
 }
 
-BadRows transform_where_it_lies(int fd, int64_t offset, const Rows& rows, const MapTable& maps,
+// Null where the file system can read files, but not as memory.
+std::unique_ptr<FileMap> map_if_possible(int fd, int64_t offset, int64_t size) {
+  try {
+    return std::make_unique<FileMap>(fd, offset, size);
+  } catch (const std::system_error& error) {
+    if (error.code().value() != ENODEV) throw;
+    return nullptr;
+  }
+}
+
+BadRows transform_where_it_lies(const FileMap& file, int fd, int64_t offset, const Rows& rows, const MapTable& maps,
                                 RowTransformKernel kernel, int num_parts, int64_t* first_short) {
   const RowRange& to = rows.range;
-  const FileMap file(fd, offset, to.num_rows * to.stride);
   const Rows from{RowRange{file.data(), to.stride, to.num_rows, to.dim}, rows.dtype};
   const BadRows bad =
       for_each_range(from, num_parts, [&](int, const RowRange& range, int64_t first, double* scratch, BadRows* met) {
@@ -48,7 +57,8 @@ BadRows read_transform(const FileRows& files, const Rows& rows, const RowMap& ma
   const int64_t row_bytes = rows.range.stride;
   const int num_parts = useful_threads(num_threads, rows.range.num_rows, rows.bytes());
   if (!files.fds && rows.bytes() >= kWhereItLiesBytes && files.offset % kItemsize[rows.dtype] == 0)
-    return transform_where_it_lies(files.fd, files.offset, rows, table, kernel, num_parts, first_short);
+    if (const auto file = map_if_possible(files.fd, files.offset, rows.bytes()))
+      return transform_where_it_lies(*file, files.fd, files.offset, rows, table, kernel, num_parts, first_short);
   const int64_t piece = std::max<int64_t>(1, kPieceBytes / row_bytes);
   std::atomic<int64_t> first{rows.range.num_rows};
   const auto read = [&](char* data, int64_t begin, int64_t end) {

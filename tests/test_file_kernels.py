@@ -86,6 +86,16 @@ def test_rows_at_an_odd_place_of_a_file(tmp_path):
     os.close(fd)
 
 
+def test_what_cannot_be_memory_is_read():
+    fd = os.open("/dev/urandom", os.O_RDONLY)
+    out = np.zeros((3001, 700), np.float32)
+    num_read, num_zero, num_nonfinite, _ = _C.read_file_transform(fd, 0, out, False, map_of(700), 2)
+    os.close(fd)
+    good = np.linalg.norm(out, axis=1) > 0
+    assert (num_read, num_zero, num_nonfinite) == (3001, 0, 3001 - good.sum())
+    np.testing.assert_allclose(np.linalg.norm(out[good], axis=1), 1, atol=1e-5)
+
+
 @pytest.mark.parametrize("dim", [96, 300], ids=["in pieces", "where it lies"])
 def test_a_file_that_ends_early(tmp_path, dim):
     rows = make(5000, dim, "float32")
