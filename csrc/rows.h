@@ -50,6 +50,14 @@ inline void add_bad_rows(const BadRows& of_range, int64_t begin, BadRows* all) {
   all->first = all->first < 0 ? first : std::min(all->first, first);
 }
 
+// Reads a byte here and there, so that the pages of a mapped file are there: the kernels ask for memory ahead, and of a
+// page that is not yet mapped nothing is fetched. The system maps as much around the one that is read.
+inline void map_pages(const RowRange& rows) {
+  constexpr int64_t kMappedAround = 64 << 10;
+  const int64_t last = (rows.num_rows - 1) * rows.stride;
+  for (int64_t at = 0; at <= last; at += kMappedAround) (void)*static_cast<const volatile char*>(rows.data + at);
+}
+
 // Calls kernel(part, rows, first of them, scratch, bad rows) on one range of the rows after the other, that begin at
 // multiples of `multiple`, and returns what all of them met.
 template <typename Kernel>
@@ -63,8 +71,10 @@ BadRows for_each_range(const Rows& rows, int num_parts, const Kernel& kernel, in
   const int64_t row_bytes = rows.range.dim * kItemsize[rows.dtype];
   parallel_for(num_parts, rows.range.num_rows, row_bytes, multiple, [&](int part, int64_t begin, int64_t end) {
     Part& mine = parts[size_t(part)];
+    const RowRange range = rows.part(begin, end);
+    map_pages(range);
     BadRows bad;
-    kernel(part, rows.part(begin, end), begin, mine.scratch.data(), &bad);
+    kernel(part, range, begin, mine.scratch.data(), &bad);
     add_bad_rows(bad, begin, &mine.met);
   });
   BadRows all;

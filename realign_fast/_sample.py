@@ -129,9 +129,9 @@ class Sample:
             self._halvings += 1
 
     def _below(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        # Keys are at least 1 for good rows; minus 1 maps them to [0, 2**64 - 1).
-        bound = np.uint64((1 << (64 - self._halvings)) - 1)
-        below: NDArray[np.bool_] = np.logical_and(keys != 0, keys - np.uint64(1) <= bound)
+        # Keys are at least 1 for good rows; minus 1 maps them to [0, 2**64 - 1), and that of bad ones beyond.
+        bound = np.uint64(min(1 << (64 - self._halvings), (1 << 64) - 1) - 1)
+        below: NDArray[np.bool_] = keys - np.uint64(1) <= bound
         return below
 
     def _refilter(self) -> None:

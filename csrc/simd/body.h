@@ -34,6 +34,7 @@ constexpr double kSmallestFusedSquare = 0.25;
 // How far before its use memory is asked for: enough to cover its latency, little enough for a cache of the second
 // level.
 constexpr int64_t kAheadBytes = 48 << 10;
+constexpr int64_t kLineBytes = 64;
 
 template <typename T>
 inline const T* row_at(const RowRange& rows, int64_t index) {
@@ -60,13 +61,31 @@ inline void store_first(T* out, int64_t count, F value) {
   __builtin_memcpy(out, padded, size_t(count) * sizeof(T));
 }
 
-// Asks for what a later block will read, a little with every step of both sweeps over this one: a burst of requests
-// would be dropped by the processor, and between bursts the memory would rest.
+// Asks for what a later block will read, evenly over both sweeps over this one: the processor would make room for a
+// burst of requests by holding up the arithmetic, and between bursts the memory would rest. Two lines at once are a
+// burst already (a quarter of the speed), and so the instruction is volatile: the compiler would gather them.
 struct Ahead {
   const char* at;
-  void step(int64_t bytes) {
-    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line, 0, 2);
-    at += bytes;
+
+  // Before vector `index` of the kVectors, each of kBytes, that one step of an unrolled loop reads: half of their lines
+  // are asked for, each once.
+  template <int kVectors, int64_t kBytes>
+  inline void vector(int index) const {
+    constexpr int64_t kSpacing = 2 * kLineBytes;
+    if (index * kBytes % kSpacing != 0) return;
+    const char* const line = at + index * kBytes / 2;
+    if (kVectors * kBytes < kSpacing &&
+        reinterpret_cast<uintptr_t>(line) % kLineBytes >= uintptr_t(kVectors * kBytes / 2))
+      return;
+#if defined(__x86_64__)
+    asm volatile("prefetcht1 %0" ::"m"(*line) : "memory");
+#else
+    __builtin_prefetch(line, 0, 2);
+#endif
+  }
+  template <int kVectors, int64_t kBytes>
+  inline void step() {
+    at += kVectors * kBytes / 2;
   }
 };
 
@@ -89,12 +108,15 @@ inline void sum_lanes(Lanes<K>& lanes, int count, double (*products)[kRowsPerBlo
   }
 }
 
+// As many as the registers of AVX2 hold, for rows one by one and two by two.
+constexpr int kSumsOfOne = 4, kSumsOfTwo = 2;
+
 // out[.][first + r], of row r; the v are padded. Rows taken together share the loads of the v, and each is summed as it
-// would be alone. Several sums each, so that no addition waits for the one before.
-template <int K, int kRows, typename T>
+// would be alone. kSums sums each, so that no addition waits for the one before.
+template <int K, int kSums, int kRows, typename T>
 inline void dots(const T* const (&x)[kRows], const float* const* v, int64_t dim, Lanes<K>& out, int first,
                  Ahead* ahead) {
-  constexpr int kSums = K < 2 ? 4 : 2;  // as many as the registers of AVX2 hold for two rows
+  constexpr int64_t kVectorBytes = W * sizeof(T);
   // Copied first: a call among the sums would take them out of their registers, in the loop too.
   const int64_t whole = dim / W * W;
   T last[kRows][W];
@@ -106,7 +128,6 @@ inline void dots(const T* const (&x)[kRows], const float* const* v, int64_t dim,
       for (int k = 0; k <= K; ++k) sums[r][i][k] = zero();
   int64_t j = 0;
   for (; j + kSums * W <= dim; j += kSums * W) {
-    if (ahead) ahead->step(kRows * kSums * W * int64_t(sizeof(T)) / 2);
 #pragma GCC unroll 4
     for (int i = 0; i < kSums; ++i) {
       const int64_t at = j + i * W;
@@ -115,12 +136,14 @@ inline void dots(const T* const (&x)[kRows], const float* const* v, int64_t dim,
       for (int k = 0; k < K; ++k) vectors[k] = load(v[k] + at);
 #pragma GCC unroll 2
       for (int r = 0; r < kRows; ++r) {
+        if (ahead) ahead->template vector<kRows * kSums, kVectorBytes>(i * kRows + r);
         const F a = load(x[r] + at);
         sums[r][i][0] = fma(a, a, sums[r][i][0]);
 #pragma GCC unroll 2
         for (int k = 0; k < K; ++k) sums[r][i][k + 1] = fma(a, vectors[k], sums[r][i][k + 1]);
       }
     }
+    if (ahead) ahead->template step<kRows * kSums, kVectorBytes>();
   }
   for (; j < dim; j += W)
     for (int r = 0; r < kRows; ++r) {
@@ -145,7 +168,7 @@ template <typename T>
 inline double square_of(const T* x, int64_t dim) {
   const T* const rows[] = {x};
   Lanes<0> square;
-  dots<0>(rows, nullptr, dim, square, 0, nullptr);
+  dots<0, kSumsOfOne>(rows, nullptr, dim, square, 0, nullptr);
   return sum_of(square[0][0]);
 }
 
@@ -279,6 +302,14 @@ struct PlainRows {
 };
 
 template <typename T>
+struct ShiftedRows {
+  const float* shift;
+  inline F value(const Block<T>& block, int k, F x, int64_t j) const {
+    return fma(set1(block.row_factor[k]), x, mul(set1(block.shift_factor[k]), load(shift + j)));
+  }
+};
+
+template <typename T>
 struct MappedRows {
   const float *shift, *correction;
   inline F value(const Block<T>& block, int k, F x, int64_t j) const {
@@ -312,8 +343,8 @@ inline void add_columns(const Block<T>& given, const Rows& rows, const To& to, i
   const int count = kCount ? kCount : block.count;
   int64_t j = 0;
   for (; j + W <= dim; j += W) {
-    ahead.step(kCount * W * int64_t(sizeof(T)) / 2);
     const auto fixed_of = [&](int k) {
+      ahead.template vector<kCount, W * sizeof(T)>(k);
       const F value = rows.value(block, k, load(block.rows[k] + j), j);
       to.put(value, block.index[k], j);
       return to_int32(value);
@@ -322,6 +353,7 @@ inline void add_columns(const Block<T>& given, const Rows& rows, const To& to, i
 #pragma GCC unroll 8
     for (int k = 1; k < count; ++k) sum = add(sum, fixed_of(k));
     add_to_int64(sums + j, sum);
+    ahead.template step<kCount, W * sizeof(T)>();
   }
   if (j < dim) {
     int64_t last[W] = {};
@@ -369,9 +401,9 @@ inline void moments_to(const To& to, const RowRange& rows, int64_t* sums, uint64
     for (int k = 0; k < count; ++k) {
       const T* const x[] = {row_at<T>(rows, first + k)};
       if (keys)
-        dots<1>(x, &projection, rows.dim, products, k, &ahead);
+        dots<1, kSumsOfOne>(x, &projection, rows.dim, products, k, &ahead);
       else
-        dots<0>(x, nullptr, rows.dim, squares, k, &ahead);
+        dots<0, kSumsOfOne>(x, nullptr, rows.dim, squares, k, &ahead);
     }
     double found[2][kRowsPerBlock];
     if (keys)
@@ -438,9 +470,10 @@ struct Factors {
   bool fused[kRowsPerBlock];  // false where the row must go the long way
 };
 
-template <typename T>
+// With K = 1 for maps without a correction, and the same bits.
+template <int K, typename T>
 inline Factors factors_of(const RowRange& rows, int64_t first, int count, const MapTable& maps, Ahead* ahead) {
-  Lanes<2> lanes;
+  Lanes<K> lanes;
   double scale[kRowsPerBlock], shift_squares[kRowsPerBlock], correction_squares[kRowsPerBlock], mixed[kRowsPerBlock];
   for (int k = 0; k < kRowsPerBlock; ++k) {
     const Map& map = maps.of(first + (k < count ? k : 0));
@@ -454,16 +487,16 @@ inline Factors factors_of(const RowRange& rows, int64_t first, int count, const 
     const float* const vectors[2] = {map.shift, map.correction};
     if (k + 1 < count && &maps.of(first + k + 1) == &map) {
       const T* const x[] = {row_at<T>(rows, first + k), row_at<T>(rows, first + k + 1)};
-      dots<2>(x, vectors, rows.dim, lanes, k, ahead);
+      dots<K, kSumsOfTwo>(x, vectors, rows.dim, lanes, k, ahead);
       k += 2;
     } else {
       const T* const x[] = {row_at<T>(rows, first + k)};
-      dots<2>(x, vectors, rows.dim, lanes, k, ahead);
+      dots<K, kSumsOfTwo>(x, vectors, rows.dim, lanes, k, ahead);
       ++k;
     }
   }
-  double products[3][kRowsPerBlock];
-  sum_lanes<2>(lanes, count, products);
+  double products[3][kRowsPerBlock] = {};
+  sum_lanes<K>(lanes, count, products);
   Factors factors;
   double inverse[kRowsPerBlock], inverse1[kRowsPerBlock], inverse2[kRowsPerBlock];
   double square1[kRowsPerBlock], square2[kRowsPerBlock];
@@ -485,12 +518,13 @@ inline Factors factors_of(const RowRange& rows, int64_t first, int count, const 
   return factors;
 }
 
-template <typename T>
-void transformed_moments(const RowRange& rows, const Map& map, int64_t* sums, double* scratch, BadRows* bad) {
+template <int K, typename T, typename Values>
+inline void transformed_moments_of(const Values& values, const RowRange& rows, const Map& map, int64_t* sums,
+                                   double* scratch, BadRows* bad) {
   for (int64_t first = 0; first < rows.num_rows; first += kRowsPerBlock) {
     const int count = block_size(rows, first);
     Ahead ahead = ahead_of(rows, first);
-    const Factors factors = factors_of<T>(rows, first, count, MapTable{&map, nullptr}, &ahead);
+    const Factors factors = factors_of<K, T>(rows, first, count, MapTable{&map, nullptr}, &ahead);
     Block<T> block;
     for (int k = 0; k < count; ++k) {
       const int64_t i = first + k;
@@ -507,8 +541,16 @@ void transformed_moments(const RowRange& rows, const Map& map, int64_t* sums, do
       map_unit_row(map, rows.dim, scratch);
       add_row(scratch, rows.dim, sums);
     }
-    add_block(block, MappedRows<T>{map.shift, map.correction}, Nowhere(), rows.dim, sums, ahead);
+    add_block(block, values, Nowhere(), rows.dim, sums, ahead);
   }
+}
+
+template <typename T>
+void transformed_moments(const RowRange& rows, const Map& map, int64_t* sums, double* scratch, BadRows* bad) {
+  if (map.correction_correction == 0)
+    transformed_moments_of<1, T>(ShiftedRows<T>{map.shift}, rows, map, sums, scratch, bad);
+  else
+    transformed_moments_of<2, T>(MappedRows<T>{map.shift, map.correction}, rows, map, sums, scratch, bad);
 }
 
 template <>
@@ -555,10 +597,13 @@ inline void write_fused(const FusedRow<In, Out> (&rows)[kRows], const Map& map, 
                         Ahead* ahead) {
   int64_t j = from;
   for (; j + W <= to; j += W) {
-    ahead->step(kRows * W * int64_t(sizeof(In)) / 2);
     const F shift = load(map.shift + j), correction = load(map.correction + j);
 #pragma GCC unroll 2
-    for (int r = 0; r < kRows; ++r) store(rows[r].out + j, rows[r].value(load(rows[r].x + j), shift, correction));
+    for (int r = 0; r < kRows; ++r) {
+      ahead->template vector<kRows, W * sizeof(In)>(r);
+      store(rows[r].out + j, rows[r].value(load(rows[r].x + j), shift, correction));
+    }
+    ahead->template step<kRows, W * sizeof(In)>();
   }
   if (j == to) return;
   const F shift = load(map.shift + j), correction = load(map.correction + j);
@@ -578,10 +623,12 @@ inline void stream_fused(const FusedRow<In, Out> (&rows)[1], const Map& map, int
   const int64_t end = begin + (dim - begin) / kLine * kLine;
   write_fused(rows, map, 0, begin, ahead);
   for (int64_t j = begin; j < end; j += kLine) {
-    ahead->step(kLine * int64_t(sizeof(In)) / 2);
 #pragma GCC unroll 8
-    for (int64_t k = j; k < j + kLine; k += W)
+    for (int64_t k = j; k < j + kLine; k += W) {
+      ahead->template vector<kLine / W, W * sizeof(In)>(int(k - j) / W);
       stream(out + k, row.value(load(row.x + k), load(map.shift + k), load(map.correction + k)));
+    }
+    ahead->template step<kLine / W, W * sizeof(In)>();
   }
   write_fused(rows, map, end, dim, ahead);
 }
@@ -592,7 +639,7 @@ void row_transform(const RowRange& rows, const MapTable& maps, char* out_data, i
   for (int64_t first = 0; first < rows.num_rows; first += kRowsPerBlock) {
     const int count = block_size(rows, first);
     Ahead ahead = ahead_of(rows, first);
-    const Factors factors = factors_of<In>(rows, first, count, maps, &ahead);
+    const Factors factors = factors_of<2, In>(rows, first, count, maps, &ahead);
     const auto out_at = [&](int k) { return reinterpret_cast<Out*>(out_data + (first + k) * out_stride); };
     const auto row_of = [&](int k) {
       return FusedRow<In, Out>{row_at<In>(rows, first + k), out_at(k), set1(float(factors.row[k])),

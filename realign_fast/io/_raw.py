@@ -22,7 +22,7 @@ from ._remote import AnyPath, FetchAhead, RemotePath
 _PAGE = 4096
 _AHEAD_BYTES = 16 << 20
 # Mapped at once: small beside the memory of a machine, large enough that mapping does not count.
-_WINDOW_BYTES = 32 << 20
+_WINDOW_BYTES = 64 << 20
 # No encoder comes near; a header that claims more is damaged, and nothing may be sized after it.
 MAX_DIM = 1 << 24
 _MAX_ROWS = (1 << 63) - 1

@@ -31,8 +31,9 @@ from .formats import FORMATS, Shard, chunks_from, format_of, is_compressed_tar, 
 # blocks are in flight; large enough to be worth several threads.
 BATCH_BYTES = 4 << 20
 _DEPTH = 3
-# So many times larger are batches of rows that are read where they lie, which need not stay in a cache.
-_UNCOPIED = 4
+# So many times larger are batches of rows that are read where they lie, which need not stay in a cache: between two of
+# them the cores wait for each other and for Python.
+_UNCOPIED = 16
 MANIFEST = "realign-manifest.json"
 # Holds what a file of the same stem could not: see io.writer.
 SIDECAR = ".columns"
