@@ -504,9 +504,12 @@ inline Factors factors_of(const RowRange& rows, int64_t first, int count, const 
   for (int k = 0; k < kRowsPerBlock; ++k)
     square1[k] = scale[k] * scale[k] + 2 * scale[k] * inverse[k] * products[1][k] + shift_squares[k];
   inverse_roots(square1, inverse1);
-  for (int k = 0; k < kRowsPerBlock; ++k)
-    square2[k] = 1 + 2 * (scale[k] * inverse[k] * products[2][k] + mixed[k]) * inverse1[k] + correction_squares[k];
-  inverse_roots(square2, inverse2);
+  for (int k = 0; k < kRowsPerBlock; ++k) {
+    square2[k] =
+        K < 2 ? 1 : 1 + 2 * (scale[k] * inverse[k] * products[2][k] + mixed[k]) * inverse1[k] + correction_squares[k];
+    inverse2[k] = 1;
+  }
+  if (K == 2) inverse_roots(square2, inverse2);
   for (int k = 0; k < kRowsPerBlock; ++k) {
     factors.row[k] = scale[k] * inverse[k] * inverse1[k] * inverse2[k];
     factors.shift[k] = inverse1[k] * inverse2[k];
