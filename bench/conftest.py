@@ -93,7 +93,7 @@ def tests_pass(request: pytest.FixtureRequest) -> Callable[[tuple[str, ...]], bo
     def passed(names: tuple[str, ...]) -> bool:
         if names not in known:
             command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider"]
-            command += [str(TESTS / name) for name in names]
+            command += ["-n", "logical", *(str(TESTS / name) for name in names)]
             known[names] = subprocess.run(command, cwd=TESTS.parent, stdout=subprocess.DEVNULL).returncode == 0
         return known[names]
 
