@@ -166,11 +166,13 @@ def test_every_pair_of_dtypes(kernels, dtype, out_dtype, dim):
     assert_moments(kernels, rows)
 
 
+@pytest.mark.parametrize("corrected", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_moments_of_mapped_rows_are_those_of_the_mapped_rows(kernels, dtype):
+def test_moments_of_mapped_rows_are_those_of_the_mapped_rows(kernels, dtype, corrected):
     if dtype not in kernels.dtypes:
         pytest.skip("not a dtype of these kernels")
-    rows, mapping = make(1000 if kernels.step == 1 else 200, 300, dtype), make_map(300)
+    rows, (scale, shift, correction) = make(1000 if kernels.step == 1 else 200, 300, dtype), make_map(300)
+    mapping = scale, shift, correction if corrected else np.zeros(300)
     sums = np.zeros(300, np.int64)
     assert kernels.transformed_moments(rows, mapping, sums) == NO_BAD_ROWS
     wanted = reference.row_transform(to_float64(rows), *mapping).mean(0)

@@ -63,6 +63,19 @@ def assert_transformed(rows: Rows, mapping, dtype: str | None = None) -> None:
     np.testing.assert_allclose(to_float64(out), expected, rtol=0, atol=OUT_TOLERANCE[out.dtype])
 
 
+@pytest.mark.parametrize("count", [1, 13, 64])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_map_without_a_correction_gives_the_bits_of_one_with_none_to_speak_of(dtype, count):
+    """What a fit maps first has none, and the kernel leaves it out."""
+    for dim in (65, 255, 768):
+        rows, (scale, shift, _) = make(count, dim, dtype), make_map(dim)
+        sums = np.zeros((2, dim), np.int64)
+        for each, correction in zip(sums, (0.0, 1e-30), strict=True):
+            row_map = _C.RowMap(scale, shift, np.full(dim, correction))
+            _C.transformed_moments(rows.values, rows.bfloat16, row_map, each, 1)
+        np.testing.assert_array_equal(*sums)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_do_not_depend_on_threads_chunks_or_alignment(dtype):
     rows, mapping = make(9001, 131, dtype), make_map(131)
