@@ -116,7 +116,7 @@ def measured(measure, unit: np.ndarray, precision: str, names, goals, rounds: in
 
 
 def test_covariance(measure, pick):
-    measured(measure, unit_rows(pick(2_000, 100_000, 200_000)), "exact", PEERS, GOALS, 3)
+    measured(measure, unit_rows(pick(2_000, 50_000, 200_000)), "exact", PEERS, GOALS, 3)
 
 
 @pytest.mark.slow
@@ -138,7 +138,7 @@ def test_fast_covariance_of_many_rows(measure, pick):
 def test_whitening(measure, pick):
     from faiss import LinearTransform, copy_array_to_vector, swig_ptr
 
-    unit = unit_rows(pick(2_000, 200_000, 1_000_000))
+    unit = unit_rows(pick(2_000, 100_000, 1_000_000))
     whitener = Whitener.fit(unit[:20_000], shrinkage=0.1)
     matrix = np.ascontiguousarray(whitener.matrix.T, np.float32)
     out = empty(unit.shape, unit.dtype)
@@ -191,7 +191,7 @@ def test_optimal_transport(measure, pick):
 
 def test_error_of_the_covariance(measure, pick):
     """Against float64 on rows whose mean has norm 0.9, chunk by chunk."""
-    count = pick(4_000, 200_000, 2_000_000)
+    count = pick(4_000, 100_000, 2_000_000)
     rng = np.random.default_rng(0)
     mean = rng.normal(size=DIM)
     mean *= 0.9 / np.linalg.norm(mean)

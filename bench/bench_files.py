@@ -96,7 +96,7 @@ FORMATS: dict[str, tuple[int, Write, str, Read]] = {
 @pytest.mark.parametrize("ending", FORMATS)
 def test_reading(measure, pick, folder, ending):
     divisor, write, name, read = FORMATS[ending]
-    rows = rows_of(pick(2_000, 200_000, 500_000) // divisor, DIM, "float32")
+    rows = rows_of(pick(2_000, 100_000, 500_000) // divisor, DIM, "float32")
     path = folder / f"rows{ending}"
     write(path, rows)
     measure(

@@ -89,7 +89,7 @@ def by_parts(run: Callable[[torch.Tensor], object], x: torch.Tensor) -> Callable
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_row_transform(measure, pick, instruction_set, dtype):
-    count = pick(2_000, 500_000, 1_000_000)
+    count = pick(2_000, 200_000, 1_000_000)
     rows = rows_of(count, 768, dtype)
     out, alignment = empty(rows.shape, rows.dtype), alignment_of(768)
     source, target = tensor_of(rows, dtype), tensor_of(out, dtype)
@@ -108,13 +108,13 @@ def test_row_transform(measure, pick, instruction_set, dtype):
         dtype=dtype,
         shape=rows.shape,
         note=instruction_set,
-        rounds=pick(2, 5, 9),
+        rounds=pick(2, 3, 9),
     )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_row_transform_against_libraries(measure, pick, dtype):
-    count = pick(2_000, 200_000, 500_000)
+    count = pick(2_000, 100_000, 500_000)
     rows = rows_of(count, 768, dtype)
     out, alignment = empty(rows.shape, rows.dtype), alignment_of(768)
     out.fill(0)
@@ -162,7 +162,7 @@ def test_in_place(measure, pick, dim, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_moments(measure, pick, dtype):
-    count = pick(2_000, 500_000, 1_000_000)
+    count = pick(2_000, 200_000, 1_000_000)
     rows = rows_of(count, 768, dtype)
     source, words = tensor_of(rows, dtype), torch.from_numpy(rows.view(np.float32))
     compiled = torch.compile(moments_in_torch)
@@ -182,7 +182,7 @@ def test_moments(measure, pick, dtype):
         why={total: f"the peer only adds; ours {TWICE}"},
         dtype=dtype,
         shape=rows.shape,
-        rounds=pick(2, 5, 9),
+        rounds=pick(2, 3, 9),
     )
 
 
@@ -205,7 +205,7 @@ def test_moments_by_dimension(measure, pick, dim, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_many_domains(measure, pick, dtype):
-    count = pick(2_000, 500_000, 1_000_000)
+    count = pick(2_000, 200_000, 1_000_000)
     rows = rows_of(count, 768, dtype)
     out, alignment = empty(rows.shape, rows.dtype), alignment_of(768)
     out.fill(0)
@@ -223,7 +223,7 @@ def test_many_domains(measure, pick, dtype):
         dtype=dtype,
         shape=rows.shape,
         note="64 domains at random",
-        rounds=pick(2, 5, 9),
+        rounds=pick(2, 3, 9),
     )
 
 
@@ -270,5 +270,5 @@ def test_gradients(measure, pick):
         dtype="float32",
         shape=tuple(x.shape),
         rounds=pick(2, 15, 27),
-        calls=pick(2, 40, 40),
+        calls=pick(2, 20, 40),
     )

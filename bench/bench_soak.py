@@ -44,7 +44,7 @@ def test_a_billion_rows(measure, pick, folder):
     read = {repeats: (2 * count + shard_rows) * DIM * ITEMSIZE for repeats, count in rows.items()}
     about = {"unit": "GB/s", "dtype": "float16", "why": WHY}
     found, sums = {few: [], many: []}, []
-    for repeats in (few, few, few, many, few):
+    for repeats in pick((few, many), (few, few, many), (few, few, few, many, few)):
         begin = time.perf_counter()
         sum_over([*paths * (2 * few), image])
         sums.append(time.perf_counter() - begin)
@@ -69,20 +69,24 @@ def test_a_billion_rows(measure, pick, folder):
 
 @pytest.mark.parametrize("which", ["first", "second"])
 def test_reads_from_memory(measure, pick, which):
-    """The two reads of a fit without files: the rest is the mapping of them."""
-    count = pick(10_000, 2_000_000, 4_000_000)
+    """The two reads of a fit without files: the rest is the mapping of them. And without memory: the arithmetic."""
+    at_once = 4096
+    count = at_once * pick(2, 500, 1000)
     rows = np.resize(np.random.default_rng(0).standard_normal((1024, DIM), np.float32).astype(np.float16), (count, DIM))
     alignment, moments, sums = fit(rows[:5000], -rows[:5000]), Moments(DIM), np.zeros(DIM, np.int64)
     # A fit's second read is of the map without the correction, which it finds.
     row_map = _C.RowMap(float(alignment.scale), alignment.shift, np.zeros_like(alignment.correction))
-    reads = {
-        "first": lambda: moments.update(rows),
-        "second": lambda: _C.transformed_moments(rows, False, row_map, sums, count_threads(None)),
-    }
+    read = {
+        "first": moments.update,
+        "second": lambda rows: _C.transformed_moments(rows, False, row_map, sums, count_threads(None)),
+    }[which]
     measure(
         f"{which} read of a fit, from memory",
-        reads[which],
-        {"a sum of the same memory": lambda: _C.stream_read(rows, count_threads(None))},
+        lambda: read(rows),
+        {
+            "a sum of the same memory": lambda: _C.stream_read(rows, count_threads(None)),
+            "as many rows that lie in the cache": lambda: [read(rows[:at_once]) for _ in range(count // at_once)],
+        },
         unit="GB/s",
         work=rows.nbytes,
         limit="read",

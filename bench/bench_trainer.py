@@ -103,7 +103,7 @@ def test_training_steps(measure, pick, folder, noise_std):
         goals={"aligned tensors in memory": 0.98} if not noise_std else {},
         dtype="float16",
         note=f"batch {BATCH}, {DIM} dimensions",
-        rounds=pick(2, 9, 31),
+        rounds=pick(2, 3, 31),
     )
     if not noise_std:
         measure.figure("records read and joined by id", joined, "/s", "", None)

@@ -87,15 +87,16 @@ def folder(request: pytest.FixtureRequest) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def tests_pass(request: pytest.FixtureRequest) -> Callable[[tuple[str, ...]], bool]:
-    """Return whether tests pass, each set of which is run once."""
-    known: dict[tuple[str, ...], bool] = {}
+    """Return whether tests pass, each of which is run once."""
+    known: dict[str, bool] = {}
 
     def passed(names: tuple[str, ...]) -> bool:
-        if names not in known:
+        if new := [name for name in names if name not in known]:
             command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider"]
-            command += ["-n", "logical", *(str(TESTS / name) for name in names)]
-            known[names] = subprocess.run(command, cwd=TESTS.parent, stdout=subprocess.DEVNULL).returncode == 0
-        return known[names]
+            command += ["-n", "logical", *(str(TESTS / name) for name in new)]
+            pass_all = subprocess.run(command, cwd=TESTS.parent, stdout=subprocess.DEVNULL).returncode == 0
+            known.update(dict.fromkeys(new, pass_all))
+        return all(known[name] for name in names)
 
     return passed
 
@@ -225,7 +226,7 @@ class Measure:
             mine["spread"],
             median,
             work=work or None,
-            work_unit={"GB/s": "bytes", "GFlop/s": "operations"}.get(unit, unit.partition("/")[0]) if work else "",
+            work_unit=_work_unit(unit, limit) if work else "",
             limit=limit,
             share=work / median / best if best else None,
             dtype=dtype,
@@ -253,6 +254,12 @@ def _timed(run: Callable[[], object], calls: int) -> float:
     for _ in range(calls):
         run()
     return (time.perf_counter() - start) / calls
+
+
+def _work_unit(unit: str, limit: str) -> str:
+    if unit in _SCALES:
+        return "operations" if limit == "sgemm" else "bytes"
+    return {"GB/s": "bytes", "GFlop/s": "operations"}.get(unit, unit.partition("/")[0])
 
 
 def _value(unit: str, work: float, seconds: float) -> float:
