@@ -15,7 +15,7 @@ from realign_fast import _C, Moments, Whitener, fit_from_moments
 from realign_fast._dtypes import empty
 from realign_fast.benchmark import rows_of
 
-CHECKED_BY = ("test_covariance.py", "test_whitening.py", "test_methods.py")
+CHECKED_BY = ("test_covariance.py", "test_whitening.py", "test_methods.py::test_transport_agrees_with_pot")
 DIM = 768
 SSYRK, INTELEX = "scipy ssyrk alone", "scikit-learn-intelex"
 needs_fast = pytest.mark.skipif(not _C.has_fast_products(), reason="the processor has no dot products of bfloat16")

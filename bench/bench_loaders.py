@@ -79,7 +79,7 @@ def test_stream(measure, pick, paths):
     )
 
 
-@pytest.mark.parametrize("shuffle", [False, True], ids=["in order", "shuffled"])
+@pytest.mark.parametrize("shuffle", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["in order", "shuffled"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_alignment_in_a_stream(measure, pick, paths, workers, shuffle):
     measure(

@@ -23,7 +23,7 @@ def cloud(count: int, seed: int) -> np.ndarray:
 
 
 def test_mixing(measure, pick):
-    count = pick(1_000, 5_000, 50_000)
+    count = pick(1_000, 3_000, 50_000)
     text, image = cloud(count, 0), cloud(count, 1)
     unit = unit_rows(np.concatenate([text, image]), "rows")
     measure(

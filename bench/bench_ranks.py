@@ -20,7 +20,7 @@ def seconds_of(launcher: tuple[str, ...], threads: int, *arguments: object) -> f
 
 
 def test_fit_in_two_processes(measure, pick, folder):
-    shard_rows, repeats, rounds = pick(10_000, 250_000, SHARD_ROWS), pick(1, 10, 10), pick(2, 2, 5)
+    shard_rows, repeats, rounds = pick(10_000, 250_000, SHARD_ROWS), pick(1, 5, 10), pick(2, 2, 5)
     paths, image = write_shards(folder, shard_rows)
     two, one = [], []
     for _ in range(rounds):
