@@ -20,15 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from _memory import touch
 
 from realign_fast._dtypes import storage
 from realign_fast.alignment import gather_moments
 from realign_fast.benchmark import rows_of
 
 PROBE_BYTES = 512 << 20, 2048 << 20
-# An apply writes beside what it then replaces: until both have been written once, it waits for the machine to hand out
-# memory, which can take three times as long as to write there again.
-WARM_UP = 2
 DTYPES = ("float16", "float32")
 
 
@@ -122,9 +120,10 @@ def seconds_of(*parts: object) -> float:
 
 
 def commands(folder: Path) -> tuple[float, float]:
-    """Return the seconds of `realign fit` and `realign apply`."""
+    """Return the seconds of `realign fit` and `realign apply`, with memory to write to."""
     alignment, out = folder / "a.safetensors", folder / "out"
     took = seconds_of("fit", folder / "text", folder / "image", "-o", alignment)
+    touch(folder, sum(path.stat().st_size for path in (folder / "text").iterdir()))
     return took, seconds_of("apply", alignment, folder / "text", "-o", out, "--overwrite")
 
 
@@ -140,12 +139,12 @@ def probe(place: Path | None, dim: int, dtype: str, rounds: int = 3) -> Rates:
             folder = Path(name)
             write_sides(folder, count, dim, dtype)
             times = []
-            for _ in range(rounds + WARM_UP):
+            for _ in range(rounds + 1):
                 begin = time.perf_counter()
                 gather_moments(folder / "text")
                 times.append((time.perf_counter() - begin, *commands(folder)))
         sizes.append(count * dim * storage(dtype).itemsize)
-        took.append(np.median(times[WARM_UP:], axis=0))
+        took.append(np.median(times[1:], axis=0))
     first, of_fit, of_apply = (took[1] - took[0]) / (sizes[1] - sizes[0])
     starts = took[0] - sizes[0] * np.array([first, of_fit, of_apply])
     return Rates(1 / first, 1 / (of_fit - 2 * first), 1 / of_apply, float(starts[1]), float(starts[2]))
