@@ -11,6 +11,7 @@ from plan import Job, commands, predict, probe, write_sides
 
 CHECKED_BY = ("test_cli.py",)
 DIM = 768
+WHY = "on a machine that shares cores and memory with others, the same command may take twice as long a minute later"
 # All of them are for a full run, the middle one for a short one.
 COUNTS = [
     pytest.param(count, marks=[] if count == 500_000 else pytest.mark.slow) for count in (200_000, 500_000, 1_000_000)
@@ -27,6 +28,7 @@ def test_prediction(measure, pick, rates, count):
     count = min(count, pick(20_000, 1_000_000, 1_000_000))
     with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
         write_sides(Path(name), count, DIM, "float32", num_shards=4)
+        # The first does not count.
         took = np.median([commands(Path(name)) for _ in range(1 + pick(1, 1, 5))][1:], axis=0)
     steps = predict(Job(count, count, DIM, 4), rates)
     for command, seconds in zip(("fit", "apply"), took, strict=True):
@@ -40,4 +42,5 @@ def test_prediction(measure, pick, rates, count):
             error / 0.15,
             goal=1.0,
             at_most=True,
+            why=WHY,
         )

@@ -139,7 +139,7 @@ def probe(place: Path | None, dim: int, dtype: str, rounds: int = 3) -> Rates:
             folder = Path(name)
             write_sides(folder, count, dim, dtype)
             times = []
-            for _ in range(rounds + 1):
+            for _ in range(rounds + 1):  # the first does not count
                 begin = time.perf_counter()
                 gather_moments(folder / "text")
                 times.append((time.perf_counter() - begin, *commands(folder)))
