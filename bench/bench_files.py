@@ -109,5 +109,5 @@ def test_reading(measure, pick, folder, ending):
         dtype="float32",
         shape=rows.shape,
         why=WHY,
-        rounds=5,
+        rounds=pick(2, 3, 5),
     )

@@ -73,7 +73,7 @@ def steps_of(model: ReVisionForCausalLM, loader: DataLoader, count: int):
     return run
 
 
-@pytest.mark.parametrize("noise_std", [0.0, 0.01], ids=["aligned", "with noise"])
+@pytest.mark.parametrize("noise_std", [0.0, pytest.param(0.01, marks=pytest.mark.slow)], ids=["aligned", "with noise"])
 def test_training_steps(measure, pick, folder, noise_std):
     count, steps = pick(512, 10_000, 50_000), 4
     torch.manual_seed(0)
