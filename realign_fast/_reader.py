@@ -87,10 +87,14 @@ class Reader:
         """Return the moments of all rows, and some of them, chosen by their content; raises as `moments`."""
         read = self._begin(Read(Moments(source.dim, covariance), sample := self._new_sample(source)))
         sample = read.sample or sample
+        memory = np.empty(0, np.uint64)  # kept: fresh pages for each batch would cost more than what is done with them
 
         def add(batch: Batch) -> None:
+            nonlocal memory
             values = batch.rows.values
-            keys = np.empty(len(values), np.uint64)
+            if len(memory) < len(values):
+                memory = np.empty(len(values), np.uint64)
+            keys = memory[: len(values)]
             read.moments.update_rows(batch.rows, self._on_bad_rows, self._num_threads, keys)
             sample.add(keys, partial(take_rows, values))
 

@@ -53,7 +53,7 @@ class Sample:
         """
         self.num_seen += len(keys)
         self._lower_bound()
-        chosen = np.flatnonzero(self._below(keys))
+        chosen = self._below(keys)
         if self._num_kept + chosen.size > len(self._keys):
             self._refilter()  # what came under an earlier bound goes first
             self._reserve(self._num_kept + chosen.size)
@@ -128,14 +128,13 @@ class Sample:
         while needed > self._capacity << self._halvings:
             self._halvings += 1
 
-    def _below(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        # Keys are at least 1 for good rows; minus 1 maps them to [0, 2**64 - 1), and that of bad ones beyond.
-        bound = np.uint64(min(1 << (64 - self._halvings), (1 << 64) - 1) - 1)
-        below: NDArray[np.bool_] = keys - np.uint64(1) <= bound
-        return below
+    def _below(self, keys: NDArray[np.uint64]) -> NDArray[np.intp]:
+        """Return which of the keys stay under the present bound, but for those of bad rows."""
+        chosen = np.flatnonzero(keys <= np.uint64(min(1 << (64 - self._halvings), (1 << 64) - 1)))
+        return chosen[keys[chosen] > 0]
 
     def _refilter(self) -> None:
-        chosen = np.flatnonzero(self._below(self._keys[: self._num_kept]))
+        chosen = self._below(self._keys[: self._num_kept])
         if chosen.size < self._num_kept:
             self._values[: chosen.size] = self._values[chosen]
             self._keys[: chosen.size] = self._keys[chosen]
