@@ -339,9 +339,11 @@ struct ToPanels {
 };
 
 template <int kCount, typename T, typename Rows, typename To>
-inline void add_columns(const Block<T>& given, const Rows& rows, const To& to, int64_t dim, int64_t* sums,
+inline void add_columns(const Block<T>& given_block, const Rows& given_rows, const To& to, int64_t dim, int64_t* sums,
                         Ahead ahead) {
-  const Block<T> block = given;  // its own, so that no store to the sums can be thought to change it
+  // Its own, so that no store to the sums can be thought to change them.
+  const Block<T> block = given_block;
+  const Rows rows = given_rows;
   const int count = kCount ? kCount : block.count;
   int64_t j = 0;
   for (; j + W <= dim; j += W) {
@@ -598,23 +600,27 @@ struct FusedRow {
   }
 };
 
-// Elements [from, to) of rows that share the loads of both vectors.
+// Elements [from, to) of rows that share the loads of both vectors. Here and below the loop has copies of what it
+// needs, in registers: a store to the outputs might change all else, and it would be loaded again after each.
 template <int kRows, typename In, typename Out>
-inline void write_fused(const FusedRow<In, Out> (&rows)[kRows], const Map& map, int64_t from, int64_t to,
-                        Ahead* ahead) {
+inline __attribute__((always_inline)) void write_fused(const FusedRow<In, Out> (&rows)[kRows], const Map& map,
+                                                       int64_t from, int64_t to, Ahead* ahead) {
+  const float *const shifts = map.shift, *const corrections = map.correction;
+  Ahead next = *ahead;
   int64_t j = from;
   for (; j + W <= to; j += W) {
-    const F shift = load(map.shift + j), correction = load(map.correction + j);
+    const F shift = load(shifts + j), correction = load(corrections + j);
 #pragma GCC unroll 2
     for (int r = 0; r < kRows; ++r) {
       F x = load(rows[r].x + j);
-      ahead->template vector<kRows, W * sizeof(In)>(r, x);
+      next.template vector<kRows, W * sizeof(In)>(r, x);
       store(rows[r].out + j, rows[r].value(x, shift, correction));
     }
-    ahead->template step<kRows, W * sizeof(In)>();
+    next.template step<kRows, W * sizeof(In)>();
   }
+  *ahead = next;
   if (j == to) return;
-  const F shift = load(map.shift + j), correction = load(map.correction + j);
+  const F shift = load(shifts + j), correction = load(corrections + j);
   for (int r = 0; r < kRows; ++r)
     store_first(rows[r].out + j, to - j, rows[r].value(load_first(rows[r].x + j, to - j), shift, correction));
 }
@@ -623,22 +629,26 @@ inline void write_fused(const FusedRow<In, Out> (&rows)[kRows], const Map& map, 
 // write.
 template <typename In, typename Out>
 inline void stream_fused(const FusedRow<In, Out> (&rows)[1], const Map& map, int64_t dim, Ahead* ahead) {
-  const FusedRow<In, Out>& row = rows[0];
-  Out* const out = row.out;
+  const FusedRow<In, Out> row = rows[0];
+  const float *const shifts = map.shift, *const corrections = map.correction;
   constexpr int64_t kLine = kLineBytes / int64_t(sizeof(Out));
-  const int64_t past = int64_t(reinterpret_cast<uintptr_t>(out) % kLineBytes) / int64_t(sizeof(Out));
+  constexpr int kVectors = int(kLine) / W;
+  const int64_t past = int64_t(reinterpret_cast<uintptr_t>(row.out) % kLineBytes) / int64_t(sizeof(Out));
   const int64_t begin = past == 0 ? 0 : kLine - past < dim ? kLine - past : dim;
   const int64_t end = begin + (dim - begin) / kLine * kLine;
   write_fused(rows, map, 0, begin, ahead);
+  Ahead next = *ahead;
   for (int64_t j = begin; j < end; j += kLine) {
 #pragma GCC unroll 8
-    for (int64_t k = j; k < j + kLine; k += W) {
-      F x = load(row.x + k);
-      ahead->template vector<kLine / W, W * sizeof(In)>(int(k - j) / W, x);
-      stream(out + k, row.value(x, load(map.shift + k), load(map.correction + k)));
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t at = j + v * W;
+      F x = load(row.x + at);
+      next.template vector<kVectors, W * sizeof(In)>(v, x);
+      stream(row.out + at, row.value(x, load(shifts + at), load(corrections + at)));
     }
-    ahead->template step<kLine / W, W * sizeof(In)>();
+    next.template step<kVectors, W * sizeof(In)>();
   }
+  *ahead = next;
   write_fused(rows, map, end, dim, ahead);
 }
 
@@ -750,11 +760,12 @@ inline void write_gradient(const In* x, const Grad* g, const Map& map, const Gra
                            In* out) {
   const F of_g = set1(float(by.of_g)), of_x = set1(float(by.of_x));
   const F of_c = set1(float(by.of_c)), of_b = set1(float(by.of_b));
+  const float *const shifts = map.shift, *const corrections = map.correction;  // as in `write_fused`
   for (int64_t j = 0; j < dim; j += W) {
     const int64_t count = dim - j;
     const F row = count >= W ? load(x + j) : load_first(x + j, count);
     const F grad = count >= W ? load(g + j) : load_first(g + j, count);
-    const F rest = fma(of_c, load(map.shift + j), mul(of_b, load(map.correction + j)));
+    const F rest = fma(of_c, load(shifts + j), mul(of_b, load(corrections + j)));
     const F value = fma(of_g, grad, fma(of_x, row, rest));
     if (count >= W)
       store(out + j, value);
