@@ -24,8 +24,9 @@ PLAIN = $(addprefix tests/test_,alignment.py bank.py cli.py covariance.py file_k
 
 # The GPU kernels are compiled in one process and interpreted in another: Triton does either.
 INTERPRETED = $(wildcard tests/test_triton_*.py) tests/test_kernel_values.py tests/test_gpu_bench.py
-# Tests wait for one thread or for other processes most of the time; those of a file share what it sets up.
-SPREAD = -n logical --maxprocesses 4 --dist loadfile
+# Tests wait for one thread or for other processes most of the time; those of a file share what it sets up. The files go
+# in the order of tests/conftest.py.
+SPREAD = -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: $(INSTALLED)
 	$(BIN)/pytest $(SPREAD)
 	TRITON_INTERPRET=1 $(BIN)/pytest $(SPREAD) $(INTERPRETED)
@@ -42,19 +43,16 @@ demo: $(INSTALLED)
 	$(BIN)/realign demo --overwrite
 
 # Leave the machine alone meanwhile. Ten minutes; `bench-full` takes an hour, adds to the figures and writes the README's.
-PEERS = $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[peers,train]'
-bench: $(INSTALLED)
-	$(PEERS)
+PEERS = $(VENV)/peers
+bench: $(PEERS)
 	$(BIN)/pytest bench
 
-bench-full: $(INSTALLED)
-	$(PEERS)
+bench-full: $(PEERS)
 	$(BIN)/pytest bench --size full --record -m 'slow or not slow'
 	$(BIN)/python bench/tables.py
 
 # What is no matter of speed: what the maps do to real embeddings, and whether aligned text stands in for pairs.
-studies: $(INSTALLED)
-	$(PEERS)
+studies: $(PEERS)
 	$(BIN)/python bench/strength.py --json bench/results/strength.json
 	$(BIN)/python bench/alignments.py --json bench/results/alignments.json
 	$(BIN)/python bench/settle.py --json bench/results/settle.json
@@ -109,7 +107,11 @@ $(INSTALLED): $(INSTALLED_FROM)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[test]'
 	touch $@
 
+$(PEERS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[peers,train]'
+	touch $@
+
 clean:
 	rm -rf build dist *.egg-info realign_fast/_C.*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	rm -f $(INSTALLED)
+	rm -f $(INSTALLED) $(PEERS)

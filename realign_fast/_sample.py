@@ -13,6 +13,7 @@ from ._dtypes import Rows, own, storage
 
 MAX_ROWS = 131_072
 MAX_BYTES = 96 << 20
+_ROWS_AT_ONCE = 4096  # compared with others: bounds the temporaries
 
 
 class Sample:
@@ -154,8 +155,11 @@ class Sample:
         self._refilter()
         keys, values = self._keys[: self._num_kept], self._values[: self._num_kept]
         order = np.argsort(keys, kind="stable")
-        if (keys[order][1:] == keys[order][:-1]).any():
-            as_bytes = values.view(np.uint8)
+        same = np.flatnonzero(keys[order][1:] == keys[order][:-1])
+        as_bytes = values.view(np.uint8)
+        # Rows that are equal altogether, as many captions are, may come in any order.
+        parts = np.split(same, range(_ROWS_AT_ONCE, len(same), _ROWS_AT_ONCE))
+        if any((as_bytes[order[part]] != as_bytes[order[part + 1]]).any() for part in parts):
             order = np.array(sorted(order.tolist(), key=lambda i: (int(keys[i]), as_bytes[i].tobytes())))
         return order
 

@@ -13,6 +13,14 @@ from pyarrow import parquet
 from safetensors.numpy import save_file
 
 
+# Of minutes: they begin first, so that no process is left with one of them when the others are done.
+_LONG_FILES = ("test_readme.py", "test_ranks.py", "test_report.py", "test_recipes.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in _LONG_FILES)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Return the folder of real embeddings that lies beside a checkout, where there is one."""
