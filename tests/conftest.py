@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 from safetensors.numpy import save_file
 
-
 # Of minutes: they begin first, so that no process is left with one of them when the others are done.
 _LONG_FILES = ("test_readme.py", "test_ranks.py", "test_report.py", "test_recipes.py")
 

@@ -201,21 +201,41 @@ def frechet(source: Any, target: Any, *, num_rows: int = 5000, num_resamples: in
     """Return the squared Frechet distance of the Gaussians with the sets' means and covariances.
 
     It is biased upwards, and its interval with it, the more so the fewer rows there are against the dimension: `null`,
-    of as many rows, tells how far. Each resample takes two decompositions of a matrix of the rows' dimension.
+    of as many rows, tells how far. Each resample takes two decompositions of a matrix of the rows' dimension, or where
+    both sets have fewer rows than that, one of a matrix of as many rows.
 
     The parameters, and what is raised, are those of `mmd`.
     """
     sets = _sets(source, target, num_rows, seed)
     both = np.concatenate(sets)
+    few = max(map(len, sets)) < both.shape[1]
 
-    def moments(counts: NDArray[np.intp]) -> Moments:
-        return Moments(both.shape[1], covariance=True).update(np.repeat(both, counts, axis=0))
+    def moments(counts: Vector) -> Moments:
+        return Moments(both.shape[1], covariance=True).update(np.repeat(both, counts.astype(np.intp), axis=0))
 
     def distance(first: Counts, second: Counts) -> Vector:
-        pairs = zip(first.T.astype(np.intp), second.T.astype(np.intp), strict=True)
+        pairs = zip(first.T, second.T, strict=True)
+        if few:
+            return np.array([_frechet_of_few(both, *pair) for pair in pairs])
         return np.array([frechet_of_moments(*map(moments, pair)) for pair in pairs])
 
     return _resampled(distance, (len(sets[0]), len(sets[1])), num_resamples, seed)
+
+
+def _frechet_of_few(rows: Unit, first: Vector, second: Vector) -> float:
+    """Return the distance of fewer rows than dimensions, each counted so often in the two sets.
+
+    Covariances `A'A` and `B'B` of weighted, centred rows `A` and `B`: the trace of the root of their product is the sum
+    of the singular values of `AB'`.
+    """
+    means, centred = [], []
+    for counts in (first, second):
+        weights, some = counts[counts > 0, None] / counts.sum(), rows[counts > 0].astype(np.float64)
+        means.append((weights * some).sum(axis=0))
+        centred.append(np.sqrt(weights) * (some - means[-1]))
+    cross = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
+    traces = sum(np.square(each).sum() for each in centred)
+    return max(0.0, float(np.square(means[0] - means[1]).sum() + traces - 2 * cross))
 
 
 def frechet_of_moments(source: Moments, target: Moments) -> float:
