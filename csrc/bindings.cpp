@@ -422,14 +422,15 @@ void py_hash_ids(const py::array& offsets, const py::object& text, const py::arr
   for (int64_t row = 0; row < ids.count; ++row) hash[row] = hash_of(ids.at(row));
 }
 
-void py_find_ids(const py::sequence& wanted, const py::array& hashes, const py::array& rows, const py::array& offsets,
-                 const py::object& text, const py::array& found) {
+int64_t py_find_ids(const py::sequence& wanted, const py::array& hashes, const py::array& rows,
+                    const py::array& offsets, const py::object& text, const py::array& found) {
   const Bytes bytes(text, "text", false);
   const Ids ids = ids_of(offsets, bytes);
   const uint64_t* hash = vector_of<uint64_t>(hashes, ids.count, "hashes", false);
   const int64_t* row = vector_of<int64_t>(rows, ids.count, "rows", false);
   const int64_t count = int64_t(wanted.size());
   int64_t* to = vector_of<int64_t>(found, count, "found", true);
+  int64_t missing = -1;
   for (int64_t i = 0; i < count; ++i) {
     const py::object item = wanted[size_t(i)];
     Py_ssize_t size = 0;
@@ -437,7 +438,9 @@ void py_find_ids(const py::sequence& wanted, const py::array& hashes, const py::
     PyErr_Clear();
     if (id == nullptr) throw py::type_error("ids must be text, got " + std::string(py::repr(item)));
     to[i] = find_id(ids, hash, row, {id, size_t(size)});
+    if (to[i] < 0 && missing < 0) missing = i;
   }
+  return missing;
 }
 
 }  // namespace

@@ -226,8 +226,11 @@ def find_ids(
     offsets: NDArray[np.int64],
     text: Bytes,
     found: NDArray[np.int64],
-) -> None:
-    """Write to `found` the row of each id, -1 for those that there are not; `hashes` are sorted, `rows` their rows."""
+) -> int:
+    """Write to `found` the row of each id, -1 for those that there are not; `hashes` are sorted, `rows` their rows.
+
+    Returns the place of the first id that there is not, or -1.
+    """
 
 class XXH64:
     """The 64-bit xxHash, streaming."""

@@ -532,7 +532,7 @@ def find_ids(
     offsets: NDArray[np.int64],
     text: Any,
     found: NDArray[np.int64],
-) -> None:
+) -> int:
     known = _Ids(offsets, text)
     _array(hashes, np.uint64, (known.count,), "hashes")
     _array(rows, np.int64, (known.count,), "rows")
@@ -543,6 +543,8 @@ def find_ids(
         except (AttributeError, UnicodeEncodeError):
             raise TypeError(f"ids must be text, got {each!r}") from None
         found[number] = _find(known, hashes, rows, encoded)
+    missing = np.flatnonzero(found < 0)
+    return int(missing[0]) if len(missing) else -1
 
 
 def _find(ids: _Ids, hashes: NDArray[np.uint64], rows: NDArray[np.int64], wanted: bytes) -> int:

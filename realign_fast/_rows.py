@@ -104,3 +104,11 @@ def host_values(x: Any, dtype: str) -> NDArray[Any]:
     """Return the memory of a CPU tensor of `dtype` as an array of its shape, in `storage(dtype)`."""
     values: NDArray[Any] = x.view(sys.modules["torch"].int16).numpy() if dtype == "bfloat16" else x.numpy()
     return values.view(np.uint16) if dtype == "bfloat16" else values
+
+
+def host_tensor(values: NDArray[Any], dtype: str) -> Any:
+    """Return the memory of an array in `storage(dtype)` as a CPU tensor of its shape: `host_values` the other way."""
+    torch = sys.modules["torch"]
+    if dtype == "bfloat16":
+        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(values)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ._dtypes import Rows, empty, storage
 from ._errors import raise_if_bad
 from ._native import _C
-from ._rows import as_rows, dtype_name, host_values, is_tensor, refuse_gradients
+from ._rows import as_rows, dtype_name, host_tensor, host_values, is_tensor, refuse_gradients
 from ._steps import Affine, Noise
 from .backends import choose, count_threads
 from .methods import Parameters, ParametersTable, unit_length
@@ -163,10 +163,8 @@ def _check_out(x: Any, out: Any, dtype: Any, out_dim: int) -> None:
 def _copy_back(target: Rows, out: Any) -> None:
     """Bring the result to `out` where its layout did not let the kernel write there."""
     if is_tensor(out):
-        torch = sys.modules["torch"]
         if target.values.ctypes.data != out.data_ptr() and target.values.size:
-            values = torch.from_numpy(target.values.view(np.int16) if target.bfloat16 else target.values)
-            out.copy_((values.view(torch.bfloat16) if target.bfloat16 else values).reshape(out.shape))
+            out.copy_(host_tensor(target.values, target.dtype).reshape(out.shape))
     elif not np.may_share_memory(target.values, out):
         out[...] = target.values.view(out.dtype.newbyteorder("=")).reshape(out.shape)
 

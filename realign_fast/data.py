@@ -23,7 +23,7 @@ from ._drift import watch_for
 from ._dtypes import Rows, storage
 from ._errors import raise_if_bad
 from ._native import _C
-from ._rows import host_values, is_tensor
+from ._rows import host_tensor, host_values, is_tensor
 from ._steps import Noise
 from ._transform import Steps, transform_rows
 from .alignment import Alignment, DriftWarning
@@ -82,8 +82,8 @@ class _AlignedRows:
         `fill` says how, by default by reading one after the other; `in_parts`, if it maps rows only after it has put
         all of them into their place. The seed is that of noise.
         """
-        out = self._memory.new((len(numbers), self.rows.dim), getattr(torch, self.rows.dtype))
-        target, threads = host_values(out, self.rows.dtype), count_threads(None)
+        out, target = self._memory.new((len(numbers), self.rows.dim), self.rows.dtype)
+        threads = 1 if len(numbers) == 1 else count_threads(None)
         fill = fill or (lambda start, to, *how: self.rows.read(numbers[start : start + len(to)], to, *how))
         if self._alignment is None:
             fill(0, target, threads, None)
@@ -126,17 +126,21 @@ class _Memory:
     def __setstate__(self, _: None) -> None:
         self.__init__()  # type: ignore[misc]
 
-    def new(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-        """Return an uninitialised tensor; in a loader's worker, in shared memory."""
-        size = shape[0] * shape[1] * dtype.itemsize
+    def new(self, shape: tuple[int, int], dtype: str) -> tuple[torch.Tensor, NDArray[Any]]:
+        """Return an uninitialised tensor, in a loader's worker in shared memory, and the array that is its memory."""
+        stored = storage(dtype)
+        size = shape[0] * shape[1] * stored.itemsize
         if get_worker_info() is not None:
             # As torch's own collate function does: what is sent to the main process then need not be copied.
             shared = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
-            return torch.empty(0, dtype=dtype).set_(shared, 0, shape, (shape[1], 1))
+            out = torch.empty(0, dtype=getattr(torch, dtype)).set_(shared, 0, shape, (shape[1], 1))
+            return out, host_values(out, dtype)
         if size < _LARGE_BYTES:
-            return torch.empty(shape, dtype=dtype)
-        with self._lock:
-            return torch.from_numpy(self._free(size)).view(dtype).view(shape)
+            array = np.empty(shape, stored)  # and not torch's, which takes three times as long for one row
+        else:
+            with self._lock:
+                array = self._free(size).view(stored).reshape(shape)
+        return host_tensor(array, dtype), array
 
     def _free(self, size: int) -> NDArray[np.uint8]:
         for buffer in self._buffers:

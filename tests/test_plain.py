@@ -331,9 +331,12 @@ def test_ids():
     for table in (offsets, damaged):
         for rows in (order, np.where(rng.random(len(order)) < 0.1, rng.integers(-9, 2000, len(order)), order)):
             found = [np.empty(len(wanted), np.int64) for _ in range(2)]
-            for of, each in zip((_plain, _C), found, strict=True):
+            missing = [
                 of.find_ids(wanted, hashes[0][order], rows, table, text, each)
+                for of, each in zip((_plain, _C), found, strict=True)
+            ]
             np.testing.assert_array_equal(*found)
+            assert missing[0] == missing[1] == int(np.argmax(found[0] < 0))
     for wrong in (7, "\udc00"):
         with pytest.raises(TypeError, match="ids must be text, got"):
             _plain.find_ids([wrong], hashes[0], order, offsets, text, np.empty(1, np.int64))

@@ -69,10 +69,7 @@ class Ids:
 
     def locate(self, ids: Sequence[Any]) -> NDArray[np.int64]:
         """Return the rows of these ids, -1 where there is none; among integers, text is looked up by its value."""
-        found = np.empty(len(ids), np.int64)
-        wanted = [_integer_text(each) for each in ids] if self.integers else ids
-        _C.find_ids(wanted, self._hashes, self._rows, self._offsets, self._text, found)
-        return found
+        return self._locate(ids)[0]
 
     def find(self, ids: Sequence[Any]) -> NDArray[np.int64]:
         """Return the rows of these ids.
@@ -82,10 +79,15 @@ class Ids:
         KeyError
             If there is no such id.
         """
-        found = self.locate(ids)
-        if len(found) and found.min() < 0:
-            raise KeyError(f"no id {ids[int(found.argmin())]!r} among the {len(self)} of {self.path}")
+        found, missing = self._locate(ids)
+        if missing >= 0:
+            raise KeyError(f"no id {ids[missing]!r} among the {len(self)} of {self.path}")
         return found
+
+    def _locate(self, ids: Sequence[Any]) -> tuple[NDArray[np.int64], int]:
+        found = np.empty(len(ids), np.int64)
+        wanted = [_integer_text(each) for each in ids] if self.integers else ids
+        return found, _C.find_ids(wanted, self._hashes, self._rows, self._offsets, self._text, found)
 
     def of(self, numbers: NDArray[np.int64]) -> NDArray[Any]:
         """Return the ids `(n,)` of the rows with these numbers: int64, or text as objects."""

@@ -7,6 +7,7 @@ process does not grow with the rows that it has seen.
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -202,10 +203,12 @@ class RandomRows:
 
     def _place_of(self, number: int) -> tuple[int, int, int]:
         """Return the file of a row, its offset there, and how many rows follow one another from it on."""
-        piece = int(self._ends.searchsorted(number, "right"))
-        before = int(self._ends[piece - 1]) if piece else 0
-        offset = int(self._offsets[piece]) + (number - before) * self.row_bytes
-        return int(self._files[piece]), offset, int(self._ends[piece]) - number
+        # Through their memory, whose elements are ints of Python: NumPy's own search takes twice as long for one row.
+        ends = self._ends.data
+        piece = bisect_right(ends, number)
+        before = ends[piece - 1] if piece else 0
+        offset = self._offsets.data[piece] + (number - before) * self.row_bytes
+        return self._files.data[piece], offset, ends[piece] - number
 
     def read_ranges(self, ranges: list[tuple[int, NDArray[Any]]], num_threads: int = 1) -> None:
         """Copy the rows from each number on into its array `(n, dim)`, as `read`; from a store, many at once."""
