@@ -117,7 +117,7 @@ class _Memory:
     """Tensors for batches, of memory that earlier ones have left: fresh pages cost more than reading into them."""
 
     def __init__(self) -> None:
-        self._buffers: list[NDArray[np.uint8]] = []
+        self._buffers: list[tuple[NDArray[np.uint8], int]] = []  # and where in them a line begins
         self._lock = Lock()
 
     def __getstate__(self) -> None:
@@ -143,14 +143,13 @@ class _Memory:
         return host_tensor(array, dtype), array
 
     def _free(self, size: int) -> NDArray[np.uint8]:
-        for buffer in self._buffers:
-            # Of the list, this name and the call: no tensor has it any more.
+        for buffer, begin in self._buffers:
+            # Of its pair, this name and the call: no tensor has it any more.
             if buffer.nbytes >= size + _LINE_BYTES and sys.getrefcount(buffer) == 3:
-                break
-        else:
-            buffer = np.empty(size + _LINE_BYTES, np.uint8)
-            self._buffers = [*self._buffers[-_MAX_BUFFERS + 1 :], buffer]
+                return buffer[begin : begin + size]
+        buffer = np.empty(size + _LINE_BYTES, np.uint8)
         begin = -buffer.ctypes.data % _LINE_BYTES
+        self._buffers = [*self._buffers[-_MAX_BUFFERS + 1 :], (buffer, begin)]
         return buffer[begin : begin + size]
 
 
@@ -419,7 +418,7 @@ class EmbeddingStream(IterableDataset[Sample]):
                 continue
             ranges = order.ranges(begin, count)
             numbers = np.concatenate([np.arange(start, start + length) for start, length in ranges])
-            chosen = np.arange(count)
+            chosen = None
             if self.shuffle:
                 if len(buffer) < count:
                     buffer = np.empty((count, buffer.shape[1]), buffer.dtype)
@@ -428,22 +427,23 @@ class EmbeddingStream(IterableDataset[Sample]):
                 self._source.rows.read_ranges(list(zip(starts, parts, strict=True)), count_threads(None))
                 block = number * num_workers + worker
                 chosen = np.random.default_rng([int(words[0]), self.rank, block]).permutation(count)
+                numbers = numbers[chosen]
             for start in range(done, count, self._at_once):
-                some = chosen[start : start + self._at_once]
-                yield self._take(numbers[some], some, buffer, int(words[1])), self._source.ids_of(numbers[some])
+                some = slice(start, start + self._at_once)
+                fill = self._from_files(numbers[some]) if chosen is None else self._from_buffer(buffer, chosen[some])
+                embeddings = self._source.take(numbers[some], fill, int(words[1]), in_parts=self.shuffle)
+                yield embeddings, self._source.ids_of(numbers[some])
             done = 0
 
-    def _take(
-        self, numbers: NDArray[np.int64], chosen: NDArray[np.intp], buffer: NDArray[Any], seed: int
-    ) -> torch.Tensor:
-        def from_buffer(start: int, to: NDArray[Any], threads: int, row_map: _C.RowMap | None) -> BadRows:
+    def _from_files(self, numbers: NDArray[np.int64]) -> Fill:
+        return lambda start, to, *how: self._source.rows.read_range(int(numbers[start]), to, *how)
+
+    def _from_buffer(self, buffer: NDArray[Any], chosen: NDArray[np.intp]) -> Fill:
+        def fill(start: int, to: NDArray[Any], threads: int, row_map: _C.RowMap | None) -> BadRows:
             np.take(buffer, chosen[start : start + len(to)], axis=0, out=to, mode="clip")
             return self._source.rows.map(to, row_map, threads)
 
-        def from_files(start: int, to: NDArray[Any], *how: Any) -> BadRows:
-            return self._source.rows.read_range(int(numbers[start]), to, *how)
-
-        return self._source.take(numbers, from_buffer if self.shuffle else from_files, seed, in_parts=self.shuffle)
+        return fill
 
 
 class _Order:
