@@ -1,3 +1,4 @@
+import errno
 import os
 import pickle
 import shutil
@@ -70,6 +71,26 @@ def test_every_format_gives_the_rows_in_order_in_batches_of_any_size(tmp_path, w
     found = rows_of(path, batch_bytes=batch_bytes)
     assert found.dtype == values.dtype
     np.testing.assert_array_equal(found, values)
+
+
+@pytest.mark.parametrize("first_refused", [0, 1])
+def test_files_that_cannot_be_memory_are_read(tmp_path, monkeypatch, first_refused):
+    """As those of some network file systems: mapping them fails, from the first window on or from a later one."""
+    values = values_of(101)
+    np.save(tmp_path / "a.npy", values)
+    sizes, file_map = [], getattr(_C, "FileMap", None)
+
+    def refuse(fd, offset, size):
+        sizes.append(size)
+        if len(sizes) > first_refused:
+            raise OSError(errno.ENODEV, "No such device")
+        return file_map(fd, offset, size)
+
+    if file_map is not None:
+        monkeypatch.setattr(_C, "FileMap", refuse)
+        monkeypatch.setattr("realign_fast.io._raw._WINDOW_BYTES", 1)
+    np.testing.assert_array_equal(rows_of(tmp_path / "a.npy", batch_bytes=1), values)
+    assert file_map is None or len(sizes) == first_refused + 1
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -148,7 +148,13 @@ def _mapped(path: Path, layout: Layout, blocks: Blocks, first: int) -> Generator
         for begin in range(first, layout.num_rows, window):
             count = min(window, layout.num_rows - begin)
             offset = layout.offset + begin * row_bytes
-            mapped = _C.FileMap(fd, offset, count * row_bytes)
+            try:
+                mapped = _C.FileMap(fd, offset, count * row_bytes)
+            except OSError as error:
+                if error.errno != errno.ENODEV:
+                    raise
+                yield from _copied(path, layout, blocks, begin)  # its file system can read files, but not map them
+                return
             rows = np.frombuffer(memoryview(mapped), dtype).reshape(count, layout.dim)
             check = partial(_check_whole, path, mapped, offset + count * row_bytes)
             for start in range(0, count, step):
