@@ -242,7 +242,7 @@ def test_small_batches(measure, pick, kind):
         unit="us",
         work=2 * x.nbytes,
         goals={"eager torch, folded": 5.0, "torch.compile, folded": 2.0},
-        why={"eager torch, folded": "5x leaves little more than the kernel takes; to a tensor's memory and back is on top"},
+        why={"eager torch, folded": "5x leaves little more than the kernel takes; a tensor's memory comes on top"},
         dtype="float32",
         shape=tuple(x.shape),
         note=f"an {kind}" if kind == "array" else f"a {kind}",
