@@ -13,9 +13,12 @@ import pytest
 from pyarrow import parquet
 from torch.utils.data import DataLoader
 
-from realign_fast import fit
+from realign_fast import _C, fit
+from realign_fast._transform import Steps
+from realign_fast.backends import count_threads
 from realign_fast.benchmark import rows_of
-from realign_fast.data import EmbeddingDataset, EmbeddingStream
+from realign_fast.data import EmbeddingDataset, EmbeddingStream, _Memory
+from realign_fast.io._random import RandomRows
 
 CHECKED_BY = ("test_data.py",)
 DIM, BATCH, SHARD_ROWS = 768, 8192, 500_000
@@ -93,19 +96,24 @@ def test_alignment_in_a_stream(measure, pick, paths, workers, shuffle):
     )
 
 
-def test_mapping_alone(measure, pick):
-    """A batch mapped in place again and again: what a loader that reads as fast as without it could reach."""
-    import torch
+def test_mapping_alone(measure, pick, paths):
+    """The same files into the memory of three batches by turns, as loaders use it: mapped, or as they are."""
+    rows, count, threads = RandomRows(paths), pick(20_000, 1_000_000, 10_000_000), count_threads(None)
+    row_map = Steps.of(alignment_of(DIM).parameters).table[0].row_map
+    memory = _Memory()
+    turns = [memory.new((BATCH, DIM), rows.dtype)[1] for _ in range(3)]
 
-    x, alignment = torch.from_numpy(rows_of(BATCH, DIM, "float16")), alignment_of(DIM)
+    def read(row_map: _C.RowMap | None) -> None:
+        for number, start in enumerate(range(0, count, BATCH)):
+            rows.read_range(start, turns[number % 3][: count - start], threads, row_map)
+
+    alone = "reading alone"
     measure(
-        "mapping alone, the same batch",
-        lambda: alignment.transform(x, out=x),
-        unit="GB/s",
-        work=2 * x.numel(),
-        dtype="float16",
-        shape=tuple(x.shape),
-        calls=pick(2, 20, 20),
+        "files mapped into memory, without a loader",
+        lambda: read(row_map),
+        {alone: lambda: read(None)},
+        why={alone: "two cores multiply and convert as long as the memory moves the bytes, and overlap them in part"},
+        **about(paths, pick),
     )
 
 

@@ -8,6 +8,8 @@
 #include <mutex>
 #include <system_error>
 
+#include "parallel.h"
+
 namespace realign {
 namespace {
 
@@ -88,7 +90,8 @@ FileMap::FileMap(int fd, int64_t offset, int64_t size) : size_(size) {
 
 FileMap::~FileMap() {
   slots[slot_].begin.store(0);
-  munmap(begin_, size_t(mapped_));
+  // Pages take their time, and the thread that has read them has other things to do.
+  run_later([begin = begin_, size = size_t(mapped_)] { munmap(begin, size); });
 }
 
 bool FileMap::broken() const { return slots[slot_].broken.load(); }

@@ -23,6 +23,9 @@ inline void pause() {
 #endif
 }
 
+class Worker;
+void give_back(Worker* worker);
+
 // One thread, and the part it is asked to do. Both sides look for a change for a moment before they sleep: a batch is
 // often followed by the next within microseconds, and waking a thread takes tens of them.
 class Worker {
@@ -35,6 +38,12 @@ class Worker {
     work_ = work;
     part_ = part;
     change(kAsked);
+  }
+
+  // Asks for what nobody waits for, and what does not throw: the worker then goes back to the others by itself.
+  void hand_over(std::function<void()> work) {
+    alone_ = std::move(work);
+    ask(nullptr, 0);
   }
 
   // Returns once the part is done, or certain never to begin; then what it threw, if anything.
@@ -55,6 +64,12 @@ class Worker {
       wait_for(kAsked);
       State asked = kAsked;
       if (!state_.compare_exchange_strong(asked, kAtWork)) continue;
+      if (work_ == nullptr) {
+        std::exchange(alone_, nullptr)();
+        state_.store(kIdle);
+        give_back(this);
+        continue;
+      }
       try {
         (*work_)(part_);
       } catch (...) {
@@ -85,6 +100,7 @@ class Worker {
   std::atomic<State> state_{kIdle};
   const std::function<void(int)>* work_ = nullptr;
   int part_ = 0;
+  std::function<void()> alone_;
   std::exception_ptr error_;
   std::mutex mutex_;
   std::condition_variable changed_;
@@ -106,6 +122,15 @@ class Pool {
     const auto first = idle_.end() - std::min<std::ptrdiff_t>(count, std::ptrdiff_t(idle_.size()));
     const std::vector<Worker*> taken(first, idle_.end());
     idle_.erase(first, idle_.end());
+    return taken;
+  }
+
+  // One that is there already, or null.
+  Worker* take_idle() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (idle_.empty()) return nullptr;
+    Worker* const taken = idle_.back();
+    idle_.pop_back();
     return taken;
   }
 
@@ -131,7 +156,15 @@ Pool& pool() {
   return *current_pool;
 }
 
+void give_back(Worker* worker) { pool().give_back({worker}); }
+
 }  // namespace
+
+void run_later(std::function<void()> work) {
+  Worker* const worker = pool().take_idle();
+  if (worker == nullptr) return work();
+  worker->hand_over(std::move(work));
+}
 
 void run_parts(int num_parts, const std::function<void(int)>& work) {
   if (num_parts == 1) return work(0);

@@ -21,6 +21,10 @@ inline int useful_threads(int num_threads, int64_t num_units, int64_t num_bytes)
 // where nobody helps it.
 void run_parts(int num_parts, const std::function<void(int)>& work);
 
+// Calls `work`, which must not throw, on a thread that has nothing to do, and does not wait for it; here, where there
+// is none.
+void run_later(std::function<void()> work);
+
 // Calls work(part, begin, end) on ranges of [0, size) that begin at multiples of `multiple`. Each part has a share of
 // its own, the same in every call of one size, so that it finds in its cache what it left there; then it helps with the
 // others', so that no thread waits for a slower one. What one part is given at once, one thread does: about a share of

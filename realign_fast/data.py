@@ -406,11 +406,35 @@ class EmbeddingStream(IterableDataset[Sample]):
     def _batches(
         self, worker: int, num_workers: int, epoch: int, done: int
     ) -> Generator[tuple[torch.Tensor, NDArray[Any]], None, None]:
-        """Yield what this worker gets after its first `done` rows: of the rank's blocks every `num_workers`-th."""
-        first, end = self._share()
-        words = np.random.SeedSequence([self.seed, epoch]).generate_state(2, np.uint64)
-        order = _Order(self._source.rows, int(words[0]) if self.shuffle else None)
+        """Yield what this worker gets after its first `done` rows."""
+        order_seed, noise_seed = np.random.SeedSequence([self.seed, epoch]).generate_state(2, np.uint64).tolist()
         buffer = np.empty((0, self._source.rows.dim), storage(self._source.rows.dtype))
+        blocks = self._blocks(worker, num_workers, order_seed, done)
+        block = next(blocks, None)
+        while block is not None:
+            ranges, numbers, chosen = block
+            if chosen is not None:
+                buffer = self._read_block(ranges, buffer)
+            for start in range(0, len(numbers), self._at_once):
+                some = slice(start, start + self._at_once)
+                fill = self._from_files(numbers[some]) if chosen is None else self._from_buffer(buffer, chosen[some])
+                embeddings = self._source.take(numbers[some], fill, noise_seed, in_parts=self.shuffle)
+                if some.stop >= len(numbers):
+                    # Before the batch is given away: whoever waits for it would run whenever NumPy lets other threads
+                    # run, and the next read would begin only after that.
+                    block = next(blocks, None)
+                yield embeddings, self._source.ids_of(numbers[some])
+
+    def _blocks(
+        self, worker: int, num_workers: int, seed: int, done: int
+    ) -> Generator[tuple[list[tuple[int, int]], NDArray[np.int64], NDArray[np.intp] | None], None, None]:
+        """Yield of the rank's blocks every `num_workers`-th, after the first `done` rows of these.
+
+        Where it lies in the files, the numbers of its rows in the order of the batches, and for shuffled ones their
+        places in the block.
+        """
+        first, end = self._share()
+        order = _Order(self._source.rows, seed if self.shuffle else None)
         for number, begin in enumerate(range(first + worker * self._block_rows, end, num_workers * self._block_rows)):
             count = min(self._block_rows, end - begin)
             if done >= count:
@@ -420,20 +444,20 @@ class EmbeddingStream(IterableDataset[Sample]):
             numbers = np.concatenate([np.arange(start, start + length) for start, length in ranges])
             chosen = None
             if self.shuffle:
-                if len(buffer) < count:
-                    buffer = np.empty((count, buffer.shape[1]), buffer.dtype)
-                parts = np.split(buffer[:count], np.cumsum([length for _, length in ranges])[:-1])
-                starts = [start for start, _ in ranges]
-                self._source.rows.read_ranges(list(zip(starts, parts, strict=True)), count_threads(None))
                 block = number * num_workers + worker
-                chosen = np.random.default_rng([int(words[0]), self.rank, block]).permutation(count)
-                numbers = numbers[chosen]
-            for start in range(done, count, self._at_once):
-                some = slice(start, start + self._at_once)
-                fill = self._from_files(numbers[some]) if chosen is None else self._from_buffer(buffer, chosen[some])
-                embeddings = self._source.take(numbers[some], fill, int(words[1]), in_parts=self.shuffle)
-                yield embeddings, self._source.ids_of(numbers[some])
+                chosen = np.random.default_rng([seed, self.rank, block]).permutation(count)[done:]
+            yield ranges, numbers[done:] if chosen is None else numbers[chosen], chosen
             done = 0
+
+    def _read_block(self, ranges: list[tuple[int, int]], buffer: NDArray[Any]) -> NDArray[Any]:
+        """Return the rows of a block as they lie, in the memory of the last one if there is room."""
+        ends = np.cumsum([length for _, length in ranges])
+        if len(buffer) < ends[-1]:
+            buffer = np.empty((int(ends[-1]), buffer.shape[1]), buffer.dtype)
+        parts = np.split(buffer[: ends[-1]], ends[:-1])
+        starts = [start for start, _ in ranges]
+        self._source.rows.read_ranges(list(zip(starts, parts, strict=True)), count_threads(None))
+        return buffer
 
     def _from_files(self, numbers: NDArray[np.int64]) -> Fill:
         return lambda start, to, *how: self._source.rows.read_range(int(numbers[start]), to, *how)

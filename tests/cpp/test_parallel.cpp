@@ -1,4 +1,5 @@
-// Each chunk is done once, by whomever; what a part throws reaches the caller; callers at once do not meet.
+// Each chunk is done once, by whomever; what a part throws reaches the caller; callers at once do not meet, nor what
+// nobody waits for.
 #include <atomic>
 #include <chrono>
 #include <stdexcept>
@@ -11,6 +12,7 @@
 namespace {
 
 using realign::parallel_for;
+using realign::run_later;
 using realign::run_parts;
 
 void count_each(int64_t size, int num_parts, int64_t multiple) {
@@ -61,11 +63,25 @@ void test_callers_at_once() {
   for (std::thread& thread : callers) thread.join();
 }
 
+// More at once than there are threads, and between calls that want the same threads.
+void test_later() {
+  constexpr int kCalls = 200;
+  std::atomic<int> done{0};
+  for (int call = 0; call < kCalls; ++call) {
+    for (int more = 0; more < 3; ++more) run_later([&done] { ++done; });
+    if (call % 2 == 0) count_each(500, 3, 8);
+    if (call % 50 == 0) std::this_thread::sleep_for(std::chrono::microseconds(300));
+  }
+  while (done < 3 * kCalls) std::this_thread::yield();
+}
+
 }  // namespace
 
 int main() {
+  test_later();  // without other threads
   test_chunks();
   test_errors();
   test_callers_at_once();
+  test_later();
   std::puts("parallel: passed");
 }
