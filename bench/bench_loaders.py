@@ -124,9 +124,11 @@ def test_rows_by_id(measure, pick, folder):
     parquet.write_table(pa.table({"id": names}), folder / "ids.parquet")
     options = {"ids": folder / "ids.parquet", "index": folder / "ids.index"}
     EmbeddingDataset(paths, **options)[0]
-    begin = time.perf_counter()
-    data = EmbeddingDataset(paths, **options)
-    opened = time.perf_counter() - begin
+    opened = []
+    for _ in range(pick(2, 5, 9)):
+        begin = time.perf_counter()
+        data = EmbeddingDataset(paths, **options)
+        opened.append(time.perf_counter() - begin)
     rng = np.random.default_rng(0)
     wanted = [f"{number:09}.jpg" for number in rng.integers(count, size=20_480)]
     alone = "a row by itself is one read, and the rest of its time some twenty calls of Python and torch"
@@ -140,5 +142,5 @@ def test_rows_by_id(measure, pick, folder):
         rate = len(wanted) / float(np.median(seconds))
         what = f"EmbeddingDataset by id, {count:,} x 256 float16, {what}"
         measure.figure(what, rate, "rows/s", f"{least:,} rows/s", rate / least, goal=1.0, why=why)
-    what = f"opening an index of {count:,} ids"
-    measure.figure(what, opened * 1e3, "ms", "50 ms", opened / 0.05, goal=1.0, at_most=True)
+    what, seconds = f"opening an index of {count:,} ids", float(np.median(opened))
+    measure.figure(what, seconds * 1e3, "ms", "50 ms", seconds / 0.05, goal=1.0, at_most=True)

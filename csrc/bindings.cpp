@@ -278,6 +278,28 @@ py::tuple py_affine_moments(const py::array& array, bool bfloat16, const AffineM
   return tuple_of(bad);
 }
 
+py::tuple py_take_rows(const py::array& array, bool bfloat16, const py::array& numbers, const py::array& out_array,
+                       const RowMap* map, int num_threads) {
+  const Rows rows = rows_of(array, bfloat16, "rows"), out = rows_of(out_array, bfloat16, "out");
+  if (map) check_dim(*map, array);
+  if (!out_array.writeable()) throw py::value_error("out must be writeable");
+  if (out.dtype != rows.dtype || out.range.dim != rows.range.dim || !(out_array.flags() & py::array::c_style))
+    throw py::value_error("out must be contiguous and of the dtype and dimension of rows");
+  if (overlap(rows, out)) throw py::value_error("out must not overlap rows");
+  const int64_t* const number = vector_of<int64_t>(numbers, out.range.num_rows, "numbers", false);
+  for (int64_t i = 0; i < out.range.num_rows; ++i)
+    if (number[i] < 0 || number[i] >= rows.range.num_rows)
+      throw py::index_error("row " + std::to_string(number[i]) + " of " + std::to_string(rows.range.num_rows) +
+                            " rows");
+  BadRows bad;
+  {
+    const int threads = threads_of(num_threads);
+    py::gil_scoped_release release;
+    bad = take_rows(rows, number, out, map, threads);
+  }
+  return tuple_of(bad);
+}
+
 void py_row_transform_backward(const py::array& array, bool bfloat16, const py::array& grad_array, bool grad_bfloat16,
                                const py::array& out_array, const RowMap& map, int num_threads) {
   const Rows rows = rows_of(array, bfloat16, "rows");
@@ -484,6 +506,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("first_index"), py::arg("num_threads"));
   m.def("affine_moments", &py_affine_moments, py::arg("rows").noconvert(), py::arg("bfloat16"), py::arg("affine"),
         py::arg("row_map"), py::arg("sums").noconvert(), py::arg("num_threads"));
+  m.def("take_rows", &py_take_rows, py::arg("rows").noconvert(), py::arg("bfloat16"), py::arg("numbers").noconvert(),
+        py::arg("out").noconvert(), py::arg("row_map").none(true), py::arg("num_threads"));
   m.def("row_transform_backward", &py_row_transform_backward, py::arg("rows").noconvert(), py::arg("bfloat16"),
         py::arg("grad").noconvert(), py::arg("grad_bfloat16"), py::arg("out").noconvert(), py::arg("row_map"),
         py::arg("num_threads"));

@@ -7,6 +7,15 @@ namespace {
 // memory a read of each line.
 constexpr int64_t kStreamBytes = 16 << 20;
 
+// Of rows from anywhere: what is brought together before it is mapped, which stays in the cache of a core; how many are
+// asked for ahead; and from which size on what they become is written past the caches.
+constexpr int64_t kTakenBytes = 64 << 10, kStreamTakenBytes = 4 << 20;
+constexpr int64_t kTakenAhead = 4;
+
+inline void fetch(const char* data, int64_t size) {
+  for (int64_t at = 0; at < size; at += 64) __builtin_prefetch(data + at);
+}
+
 }  // namespace
 
 RowMap::RowMap(double scale, const double* shift, const double* correction, int64_t dim)
@@ -38,6 +47,33 @@ BadRows row_transform(const Rows& rows, const std::vector<const RowMap*>& maps, 
   const int num_parts = useful_threads(num_threads, rows.range.num_rows, rows.bytes());
   return for_each_range(rows, num_parts, [&](int, const RowRange& range, int64_t first, double* scratch, BadRows* bad) {
     kernel(range, table.from(first), out + first * out_stride, out_stride, nontemporal, scratch, bad);
+  });
+}
+
+BadRows take_rows(const Rows& rows, const int64_t* numbers, const Rows& out, const RowMap* map, int num_threads) {
+  const RowTransformKernel kernel = current_table().row_transform[rows.dtype][rows.dtype];
+  const Map view = map ? map->view() : Map();
+  const MapTable table{&view, nullptr};
+  const int64_t row_bytes = out.range.stride;
+  const int64_t at_once = std::max<int64_t>(1, kTakenBytes / row_bytes);
+  const bool nontemporal = out.bytes() > kStreamTakenBytes;
+  const int num_parts = useful_threads(num_threads, out.range.num_rows, out.bytes());
+  return for_each_range(out, num_parts, [&](int, const RowRange& range, int64_t first, double* scratch, BadRows* bad) {
+    const auto row_of = [&](int64_t i) { return rows.range.data + numbers[first + i] * rows.range.stride; };
+    AlignedVector<char> taken(map ? at_once * row_bytes : 0);
+    for (int64_t done = 0; done < range.num_rows; done += at_once) {
+      const int64_t count = std::min(at_once, range.num_rows - done);
+      char* const target = const_cast<char*>(range.data) + done * row_bytes;
+      char* const to = map ? taken.data() : target;
+      for (int64_t i = 0; i < count; ++i) {
+        if (done + i + kTakenAhead < range.num_rows) fetch(row_of(done + i + kTakenAhead), row_bytes);
+        current_table().stream_copy(row_of(done + i), to + i * row_bytes, row_bytes, nontemporal && !map);
+      }
+      if (!map) continue;
+      BadRows of_part;
+      kernel({to, row_bytes, count, range.dim}, table, target, row_bytes, nontemporal, scratch, &of_part);
+      add_bad_rows(of_part, done, bad);
+    }
   });
 }
 

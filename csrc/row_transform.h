@@ -25,6 +25,10 @@ class RowMap {
 BadRows row_transform(const Rows& rows, const std::vector<const RowMap*>& maps, const int64_t* domain, char* out,
                       int64_t out_stride, Dtype out_dtype, int num_threads);
 
+// out[i] = the row with number numbers[i], mapped unless `map` is null. `out` is contiguous, has the dtype of the rows
+// and does not overlap them; the numbers must be good.
+BadRows take_rows(const Rows& rows, const int64_t* numbers, const Rows& out, const RowMap* map, int num_threads);
+
 // The gradient with respect to `rows` of sum(grad * what the map makes of them), in their dtype; 0 for bad rows. `out`
 // overlaps neither.
 void row_transform_backward(const Rows& rows, const Rows& grad, const RowMap& map, char* out, int64_t out_stride,

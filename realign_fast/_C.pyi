@@ -153,6 +153,19 @@ def affine_moments(
 ) -> BadRows:
     """As `moments`, of what `affine`, then `row_map` make of the rows; nothing is written."""
 
+def take_rows(
+    rows: Rows,
+    bfloat16: bool,
+    numbers: NDArray[np.int64],
+    out: Rows,
+    row_map: RowMap | None,
+    num_threads: int,
+) -> BadRows:
+    """Write to `out[i]` what `row_map`, if any, makes of the row with number `numbers[i]`, as `row_transform` does.
+
+    `out` is contiguous, has the dtype of `rows` and does not overlap them. IndexError where there is no such row.
+    """
+
 def row_transform_backward(
     rows: Rows,
     bfloat16: bool,

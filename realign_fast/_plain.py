@@ -394,6 +394,31 @@ def _check_dims(affine: AffineMap, row_map: RowMap) -> None:
         raise ValueError(f"row_map must have the dimension that affine gives, {affine.out_dim}, got {row_map.dim}")
 
 
+def take_rows(
+    rows: NDArray[Any],
+    bfloat16: bool,
+    numbers: NDArray[np.int64],
+    out: NDArray[Any],
+    row_map: RowMap | None,
+    num_threads: int,
+) -> BadRows:
+    _check_threads(num_threads)
+    of, to = _rows(rows, bfloat16), _rows(out, bfloat16, "out")
+    if row_map is not None:
+        _check_dim(of, row_map.dim, "row_map")
+    _check_writeable(out, "out")
+    if to.dtype != of.dtype or out.shape[1] != rows.shape[1] or not out.flags.c_contiguous:
+        raise ValueError("out must be contiguous and of the dtype and dimension of rows")
+    if np.may_share_memory(rows, out):
+        raise ValueError("out must not overlap rows")
+    _array(numbers, np.int64, (len(out),), "numbers")
+    wrong = (numbers < 0) | (numbers >= len(rows))
+    if wrong.any():
+        raise IndexError(f"row {numbers[wrong.argmax()]} of {len(rows)} rows")
+    np.take(rows, numbers, axis=0, out=out, mode="clip")  # which writes to `out` at once
+    return (0, 0, -1) if row_map is None else row_transform(out, bfloat16, out, bfloat16, row_map, 1)
+
+
 def row_transform_backward(
     rows: NDArray[Any],
     bfloat16: bool,

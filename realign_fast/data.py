@@ -76,11 +76,10 @@ class _AlignedRows:
         if index is not None:
             self.ids = open_ids(Path(index), self.rows, id_column, None if ids is None else file_paths(ids))
 
-    def take(self, numbers: NDArray[np.int64], fill: Fill | None, seed: int, *, in_parts: bool = False) -> torch.Tensor:
+    def take(self, numbers: NDArray[np.int64], fill: Fill | None, seed: int) -> torch.Tensor:
         """Return the rows with these numbers `(n,)` as a tensor `(n, dim)`; in a loader's worker, in shared memory.
 
-        `fill` says how, by default by reading one after the other; `in_parts`, if it maps rows only after it has put
-        all of them into their place. The seed is that of noise.
+        `fill` says how, by default by reading one after the other. The seed is that of noise.
         """
         out, target = self._memory.new((len(numbers), self.rows.dim), self.rows.dtype)
         threads = 1 if len(numbers) == 1 else count_threads(None)
@@ -93,8 +92,7 @@ class _AlignedRows:
         row_map = None  # of rows that may be mapped as they are read
         if steps.single and steps.table and not parameters.noise_std and self._watch is None:
             row_map = steps.table[0].row_map
-        in_parts = in_parts or row_map is None
-        step = max(1, _PART_BYTES * threads // self.rows.row_bytes if in_parts else len(numbers))
+        step = max(1, _PART_BYTES * threads // self.rows.row_bytes if row_map is None else len(numbers))
         for start in range(0, len(numbers), step):
             to = target[start : start + step]
             bad = fill(start, to, threads, row_map)
@@ -147,10 +145,15 @@ class _Memory:
             # Of its pair, this name and the call: no tensor has it any more.
             if buffer.nbytes >= size + _LINE_BYTES and sys.getrefcount(buffer) == 3:
                 return buffer[begin : begin + size]
-        buffer = np.empty(size + _LINE_BYTES, np.uint8)
-        begin = -buffer.ctypes.data % _LINE_BYTES
+        buffer, begin = _lines(size)
         self._buffers = [*self._buffers[-_MAX_BUFFERS + 1 :], (buffer, begin)]
         return buffer[begin : begin + size]
+
+
+def _lines(size: int) -> tuple[NDArray[np.uint8], int]:
+    """Return uninitialised memory for so many bytes, and where in it a line begins: read into elsewhere is slower."""
+    buffer = np.empty(size + _LINE_BYTES, np.uint8)
+    return buffer, -buffer.ctypes.data % _LINE_BYTES
 
 
 class EmbeddingDataset(Dataset[Sample]):
@@ -418,7 +421,7 @@ class EmbeddingStream(IterableDataset[Sample]):
             for start in range(0, len(numbers), self._at_once):
                 some = slice(start, start + self._at_once)
                 fill = self._from_files(numbers[some]) if chosen is None else self._from_buffer(buffer, chosen[some])
-                embeddings = self._source.take(numbers[some], fill, noise_seed, in_parts=self.shuffle)
+                embeddings = self._source.take(numbers[some], fill, noise_seed)
                 if some.stop >= len(numbers):
                     # Before the batch is given away: whoever waits for it would run whenever NumPy lets other threads
                     # run, and the next read would begin only after that.
@@ -453,7 +456,9 @@ class EmbeddingStream(IterableDataset[Sample]):
         """Return the rows of a block as they lie, in the memory of the last one if there is room."""
         ends = np.cumsum([length for _, length in ranges])
         if len(buffer) < ends[-1]:
-            buffer = np.empty((int(ends[-1]), buffer.shape[1]), buffer.dtype)
+            size = int(ends[-1]) * self._source.rows.row_bytes
+            memory, begin = _lines(size)
+            buffer = memory[begin : begin + size].view(buffer.dtype).reshape(-1, buffer.shape[1])
         parts = np.split(buffer[: ends[-1]], ends[:-1])
         starts = [start for start, _ in ranges]
         self._source.rows.read_ranges(list(zip(starts, parts, strict=True)), count_threads(None))
@@ -463,11 +468,7 @@ class EmbeddingStream(IterableDataset[Sample]):
         return lambda start, to, *how: self._source.rows.read_range(int(numbers[start]), to, *how)
 
     def _from_buffer(self, buffer: NDArray[Any], chosen: NDArray[np.intp]) -> Fill:
-        def fill(start: int, to: NDArray[Any], threads: int, row_map: _C.RowMap | None) -> BadRows:
-            np.take(buffer, chosen[start : start + len(to)], axis=0, out=to, mode="clip")
-            return self._source.rows.map(to, row_map, threads)
-
-        return fill
+        return lambda start, to, *how: self._source.rows.take(buffer, chosen[start : start + len(to)], to, *how)
 
 
 class _Order:

@@ -1,4 +1,4 @@
-"""Files read and mapped in one pass, and files as memory: the values, and what is cut short meanwhile."""
+"""Files read and mapped in one pass, files as memory, rows from anywhere in memory: the values, and what is wrong."""
 
 import gc
 import os
@@ -61,6 +61,53 @@ def test_rows_are_mapped_as_they_are_in_memory(tmp_path, instruction_set, count,
         assert found == (count, 0, 0, -1)
         np.testing.assert_array_equal(out, expected[order])
     os.close(fd)
+
+
+# One row, fewer than are asked for ahead, more than a piece of 64 KB, a row larger than one, more than 4 MiB in all.
+@pytest.mark.parametrize(("count", "dim"), [(1, 1), (3, 255), (700, 768), (3, 200_001), (3001, 700)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_taken_from_anywhere(instruction_set, count, dim, dtype):
+    bfloat16 = dtype == "bfloat16"
+    wide = make(count, dim + 3, dtype)
+    rows, expected = wide[:, 2:-1], np.empty((count, dim), wide.dtype)
+    _C.row_transform(rows, bfloat16, expected, bfloat16, map_of(dim), 1)
+    numbers = np.random.default_rng(0).integers(count, size=count + count // 2)
+    for threads in (1, 2, 3):
+        for row_map, wanted in ((map_of(dim), expected), (None, rows)):
+            out = np.full((len(numbers), dim), 7, wide.dtype)
+            assert _C.take_rows(rows, bfloat16, numbers, out, row_map, threads) == (0, 0, -1)
+            np.testing.assert_array_equal(out, wanted[numbers])
+    assert _C.take_rows(rows, bfloat16, numbers[:0], out[:0], None, 2) == (0, 0, -1)
+
+
+def test_bad_rows_that_are_taken(instruction_set):
+    rows = make(5000, 300, "float32")
+    rows[7] = 0
+    rows[9, 3] = np.nan
+    numbers = np.arange(5000)[::-1].copy()
+    for threads in (1, 2):
+        out = np.empty_like(rows)
+        assert _C.take_rows(rows, False, numbers, out, map_of(300), threads) == (1, 1, 4990)
+        assert not out[[4990, 4992]].any()
+
+
+def test_rows_that_cannot_be_taken():
+    rows, out = make(4, 8, "float32"), np.empty((2, 8), np.float32)
+    for wrong in (-1, 4):
+        with pytest.raises(IndexError, match=f"row {wrong} of 4 rows"):
+            _C.take_rows(rows, False, np.array([0, wrong]), out, None, 1)
+    with pytest.raises(ValueError, match="numbers must be contiguous of shape"):
+        _C.take_rows(rows, False, np.array([0]), out, None, 1)
+    with pytest.raises(ValueError, match="dimension of row_map"):
+        _C.take_rows(rows, False, np.array([0, 1]), out, map_of(9), 1)
+    for wrong in (out.astype(np.float64), np.empty((2, 7), np.float32), np.empty((2, 16), np.float32)[:, :8]):
+        with pytest.raises(ValueError, match="out must be contiguous and of the dtype and dimension of rows"):
+            _C.take_rows(rows, False, np.array([0, 1]), wrong, None, 1)
+    with pytest.raises(ValueError, match="overlap"):
+        _C.take_rows(rows, False, np.array([0, 1]), rows[:2], None, 1)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="writeable"):
+        _C.take_rows(rows, False, np.array([0, 1]), out, None, 1)
 
 
 @pytest.mark.parametrize("dim", [96, 300], ids=["in pieces", "where it lies"])

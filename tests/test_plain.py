@@ -254,6 +254,26 @@ def test_row_transform_backward(dtype, grad_dtype):
     assert (np.abs(found - wanted) <= {"float16": 1e-3, "bfloat16": 8e-3}.get(dtype, 2e-5) * scale).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mapped", [False, True])
+def test_take_rows(dtype, mapped):
+    rows = make(300, 100, dtype)
+    numbers = np.random.default_rng(0).integers(300, size=500)
+
+    def run(of):
+        out = np.empty((500, 100), rows.values.dtype)
+        found = of.take_rows(rows.values, rows.bfloat16, numbers, out, map_of(of, 100) if mapped else None, 2)
+        return found, to_float64(Rows(out, dtype))
+
+    found, wanted = both(run)
+    assert found[0] == wanted[0]
+    if mapped:
+        bound = {"float16": 1e-3, "bfloat16": 8e-3}.get(dtype, 4e-7)
+        np.testing.assert_allclose(found[1], wanted[1], rtol=0, atol=bound)
+    else:
+        np.testing.assert_array_equal(found[1], wanted[1])
+
+
 @pytest.mark.parametrize("length", [200, 1_000_000])
 def test_files_are_read_and_mapped(tmp_path, length):
     rows = make(1000, 60)

@@ -181,6 +181,17 @@ class RandomRows:
             return NONE_BAD
         return _C.row_transform(rows, self._bfloat16, rows, self._bfloat16, row_map, num_threads)
 
+    def take(
+        self,
+        buffer: NDArray[Any],
+        places: NDArray[np.int64],
+        out: NDArray[Any],
+        num_threads: int = 1,
+        row_map: _C.RowMap | None = None,
+    ) -> BadRows:
+        """Copy the rows at these places `(n,)` of a buffer `(m, dim)` into `out` `(n, dim)`, as `read`."""
+        return _C.take_rows(buffer, self._bfloat16, places, out, row_map, num_threads)
+
     def read_range(
         self, start: int, out: NDArray[Any], num_threads: int = 1, row_map: _C.RowMap | None = None
     ) -> BadRows:

@@ -508,6 +508,24 @@ void test_streams(const KernelTable& table) {
     }
 }
 
+// Rows taken from the last to the first, mapped and as they are, against `mapped`, in which row 17000 alone is bad.
+void test_taken(const Rows& rows, const RowMap& map, Block& mapped, int num_threads) {
+  const int64_t count = rows.range.num_rows, row_bytes = rows.range.dim * kItemsize[rows.dtype];
+  std::vector<int64_t> numbers;
+  for (int64_t i = 0; i < count; ++i) numbers.push_back(count - 1 - i);
+  for (const RowMap* each : {&map, static_cast<const RowMap*>(nullptr)}) {
+    Block taken(count, rows.range.dim, rows.dtype, {0, 0});
+    const BadRows bad = take_rows(rows, numbers.data(), {taken.range(), rows.dtype}, each, num_threads);
+    CHECK(bad.first == (each ? count - 1 - 17000 : -1) && bad.num_nonfinite == (each ? 1 : 0), "%d threads",
+          num_threads);
+    for (int64_t i = 0; i < count; ++i) {
+      const char* const expected = each ? mapped.data() + numbers[size_t(i)] * mapped.stride()
+                                        : rows.range.data + numbers[size_t(i)] * rows.range.stride;
+      CHECK(std::memcmp(taken.data() + i * row_bytes, expected, size_t(row_bytes)) == 0, "row %lld", (long long)i);
+    }
+  }
+}
+
 // The same bits on one thread and on several, and bad rows at their own numbers.
 void test_threads() {
   constexpr int64_t kCount = 20001, kDim = 65;
@@ -540,6 +558,7 @@ void test_threads() {
                                    nullptr, num_threads);
     CHECK(bad.first == 17000 && bad.num_nonfinite == 1, "%d threads", num_threads);
     out[run].assign(result.data(), size_t(kCount * result.stride()));
+    test_taken(seen, vectors, result, num_threads);
   }
   CHECK(sums[0] == sums[1], "sums depend on the threads");
   CHECK(products[0] == products[1], "products depend on the threads");
