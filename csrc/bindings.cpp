@@ -51,7 +51,9 @@ Rows rows_of(const py::array& array, bool bfloat16, const char* name) {
   if (array.shape(1) > 1 && array.shape(0) > 0 && array.strides(1) != array.itemsize())
     throw py::value_error(std::string(name) + " must have a contiguous last axis, got a stride of " +
                           std::to_string(array.strides(1)) + " bytes");
-  return {{static_cast<const char*>(array.data()), array.strides(0), array.shape(0), array.shape(1)}, dtype};
+  // The stride of a row by itself is whatever NumPy has left there.
+  const int64_t stride = array.shape(0) > 1 ? array.strides(0) : array.shape(1) * array.itemsize();
+  return {{static_cast<const char*>(array.data()), stride, array.shape(0), array.shape(1)}, dtype};
 }
 
 // A one-dimensional C-contiguous array of T and of this size.
@@ -408,8 +410,7 @@ py::tuple read_transform_into(const FileRows& files, const py::array& out_array,
                               int num_threads) {
   const Rows out = rows_of(out_array, bfloat16, "out");
   if (!out_array.writeable()) throw py::value_error("out must be writeable");
-  if (out.range.num_rows > 1 && out.range.stride != out.range.dim * kItemsize[out.dtype])
-    throw py::value_error("out must be contiguous");
+  if (out.range.stride != out.range.dim * kItemsize[out.dtype]) throw py::value_error("out must be contiguous");
   check_dim(map, out_array);
   const int threads = threads_of(num_threads);
   int64_t num_read = 0;

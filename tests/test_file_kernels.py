@@ -91,6 +91,19 @@ def test_bad_rows_that_are_taken(instruction_set):
         assert not out[[4990, 4992]].any()
 
 
+def test_one_row_of_every_other_is_all_that_is_written(tmp_path):
+    rows, around = make(4, 8, "float32"), np.full((4, 8), 7, np.float32)
+    out, fd = around[::2][:1], file_of(tmp_path / "a", rows)
+    for row_map in (map_of(8), None):
+        assert _C.take_rows(rows, False, np.array([1]), out, row_map, 1) == (0, 0, -1)
+        assert (around[1:] == 7).all()
+    np.testing.assert_array_equal(out, rows[1:2])
+    assert _C.read_file_transform(fd, 24, out, False, map_of(8), 1) == (1, 0, 0, -1)
+    assert _C.read_rows_transform(np.array([fd], np.int32), np.array([24]), out, False, map_of(8), 1) == (1, 0, 0, -1)
+    assert (around[1:] == 7).all()
+    os.close(fd)
+
+
 def test_rows_that_cannot_be_taken():
     rows, out = make(4, 8, "float32"), np.empty((2, 8), np.float32)
     for wrong in (-1, 4):
