@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 
 from . import _files
 from ._native import _C
+from ._progress import say
 from ._ranks import LostRankError, Ranks
 from ._sample import Sample
 from ._stop import Stopped, holding
@@ -215,7 +215,7 @@ class Checkpoint:
             self._write()
         except OSError as error:
             if not self._warned:
-                print(f"what is read is not kept: {error}", file=sys.stderr)
+                say(f"what is read is not kept: {error}")
             self._warned = True
         now = time.monotonic()
         self._due = now + max(INTERVAL, _PATIENCE * (now - began))

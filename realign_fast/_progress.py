@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, now and then a plain line elsewhere."""
+"""Lines on stderr, and progress there: a bar on a terminal, now and then a plain line elsewhere."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _SECONDS_BETWEEN_LINES = 10.0
+
+
+def say(text: str) -> None:
+    """Write a line to stderr, in one go: `print` gives its end apart, and lines of several processes run together."""
+    sys.stderr.write(f"{text}\n")
 
 
 @contextmanager
@@ -46,7 +51,4 @@ class _Lines:
         of = "" if self._total is None else f" of {self._total:,}"
         left = "" if self._total is None or not rate else f", {max(0, self._total - self._done) / rate:.0f} s left"
         unit = self._unit
-        print(
-            f"{self._description}: {self._done:,}{of} {unit}, {rate:,.{0 if rate >= 10 else 1}f} {unit}/s{left}",
-            file=sys.stderr,
-        )
+        say(f"{self._description}: {self._done:,}{of} {unit}, {rate:,.{0 if rate >= 10 else 1}f} {unit}/s{left}")

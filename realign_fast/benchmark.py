@@ -7,7 +7,6 @@ then falls on both sides alike.
 from __future__ import annotations
 
 import platform
-import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from ._dtypes import DTYPES, empty, storage
 from ._native import _C
 from ._os import memory_bytes
+from ._progress import say
 from ._version import __version__
 from .backends import count_threads
 
@@ -130,7 +130,7 @@ def run(*, quick: bool = False) -> dict[str, Any]:
     threads = count_threads(None)
     total_bytes = _QUICK_BYTES if quick else _BYTES
     lines = []
-    print(f"{'kernel':14} {'dtype':9} {'dim':>5} {'GB/s':>7} {'share':>6} {'spread':>7}", file=sys.stderr)
+    say(f"{'kernel':14} {'dtype':9} {'dim':>5} {'GB/s':>7} {'share':>6} {'spread':>7}")
     for dim in (768,) if quick else DIMS:
         for dtype in DTYPES:
             count = total_bytes // (dim * storage(dtype).itemsize)
@@ -156,8 +156,5 @@ def run(*, quick: bool = False) -> dict[str, Any]:
                     "share": limit / median,
                 }
                 lines.append(line)
-                print(
-                    f"{kernel:14} {dtype:9} {dim:5} {line['gb_per_s']:7.1f} {line['share']:6.2f} {line['spread']:7.1%}",
-                    file=sys.stderr,
-                )
+                say(f"{kernel:14} {dtype:9} {dim:5} {line['gb_per_s']:7.1f} {line['share']:6.2f} {line['spread']:7.1%}")
     return {"machine": machine(), "kernels": lines}

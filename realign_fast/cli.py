@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ._extras import import_extra
+from ._progress import say
 from ._stop import EXIT_CODE, Stopped, ignore, stoppable
 from ._version import __version__
 
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             file = stack.enter_context(open(arguments.log_file, "a", encoding="utf-8", buffering=1))
         except OSError as error:
-            print(f"realign {arguments.command}: --log-file: {_one_line(error)}", file=sys.stderr)
+            say(f"realign {arguments.command}: --log-file: {_one_line(error)}")
             return 1
         log = _Log(file, arguments.command)
         stack.enter_context(redirect_stderr(_Tee(sys.stderr, log)))
@@ -61,13 +62,13 @@ def _run(arguments: argparse.Namespace, log: _Log | None = None) -> int:
         finally:
             ignore()  # it ends
     except (OSError, ValueError, TypeError, OverflowError, ImportError, MemoryError) as error:
-        print(f"realign {arguments.command}: {_one_line(error)}", file=sys.stderr)
+        say(f"realign {arguments.command}: {_one_line(error)}")
         return 1
     except KeyboardInterrupt:
-        print(f"realign {arguments.command}: interrupted", file=sys.stderr)
+        say(f"realign {arguments.command}: interrupted")
         return 130
     except Stopped as stopped:
-        print(f"realign {arguments.command}: {stopped}", file=sys.stderr)
+        say(f"realign {arguments.command}: {stopped}")
         return EXIT_CODE
     if summary is None:
         return 0
@@ -118,10 +119,6 @@ def _one_line(error: BaseException) -> str:
     return text or type(error).__name__
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
 def _fit(arguments: argparse.Namespace) -> dict[str, Any] | None:
     from ._ranks import connected
     from .alignment import fit
@@ -154,17 +151,17 @@ def _fit(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if "selection" in report:
         chosen, selection = report["options"], report["selection"]
         known = selection["reliability"]
-        _say(
+        say(
             f"chose strength {chosen['strength']:g}, shrinkage {chosen['shrinkage']:g}: the covariances differ by "
             f"{selection['difference']:.2g} of the target's"
             + ("" if known is None else f", the map is known to {known:.0%}")
         )
     before, held_out = report["gap"]["before"], report["held_out"]
     if held_out is None:
-        _say(f"gap before {before:.4g}; too few rows for a held-out check")
+        say(f"gap before {before:.4g}; too few rows for a held-out check")
     else:
         after = list(held_out["gap"].values())[-1]
-        _say(f"gap before {before:.4g}, after {after:.4g} on held-out rows (noise floor {held_out['noise_floor']:.2g})")
+        say(f"gap before {before:.4g}, after {after:.4g} on held-out rows (noise floor {held_out['noise_floor']:.2g})")
     return {"command": "fit", "output": str(arguments.output), **report}
 
 
@@ -295,7 +292,7 @@ def _inspect(arguments: argparse.Namespace) -> dict[str, Any]:
         source = open_source(path, name="file", column=arguments.embedding_column)
         described = {"kind": "embeddings", "rows": source.num_rows, "dim": source.dim, "dtype": source.dtype}
     for name, value in described.items():
-        _say(f"{name}: {json.dumps(value)}")
+        say(f"{name}: {json.dumps(value)}")
     return {"command": "inspect", "file": str(path), **described}
 
 
@@ -304,7 +301,7 @@ def _verify(arguments: argparse.Namespace) -> dict[str, Any]:
 
     summary = verify(arguments.directory)
     for problem in summary["problems"]:
-        _say(f"realign verify: {problem}")
+        say(f"realign verify: {problem}")
     return {"command": "verify", "directory": str(arguments.directory), **summary}
 
 
@@ -346,9 +343,9 @@ def _report(arguments: argparse.Namespace) -> dict[str, Any]:
         progress=True,
     )
     for part in found["verdict"]:
-        _say(f"{part['title']}: {part['text']}")
+        say(f"{part['title']}: {part['text']}")
     for note in found["notes"]:
-        _say(f"realign report: {note}")
+        say(f"realign report: {note}")
     methods = {
         entry["name"]: {"gap": entry["gap"]["value"], **{name: entry[name]["value"] for name in ("mixing", "overlap")}}
         for entry in found["methods"]
@@ -395,7 +392,7 @@ def _embed(arguments: argparse.Namespace) -> dict[str, Any]:
         image_encoder = ImageEncoder(arguments.model, **encoder_options)
         summary = embed_images(image_encoder, arguments.images, arguments.output, **options)
     for line in summary["left_out"]:
-        _say(f"realign embed: left out {line}")
+        say(f"realign embed: left out {line}")
     return {"command": "embed", "output": str(arguments.output), **summary}
 
 
@@ -431,7 +428,7 @@ def _say_where_it_begins(arguments: argparse.Namespace, first: bool) -> None:
 
     path = path_beside(arguments.output)
     if first and arguments.resume and not path.exists():
-        _say(f"there is no {path} to go on from: {arguments.command} begins at the start")
+        say(f"there is no {path} to go on from: {arguments.command} begins at the start")
 
 
 def _check_output_file(path: str) -> None:

@@ -44,10 +44,11 @@ def lines_of(stderr: str) -> list[str]:
 def refused(num_ranks: int, *arguments: object) -> str:
     """Run a command that must fail; return its one line."""
     done = subprocess.run(torchrun(num_ranks, *arguments), capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
     assert "realign_fast/" not in done.stderr  # no traceback of ours
-    (line,) = lines_of(done.stderr)
-    return line
+    lines = lines_of(done.stderr)
+    assert len(lines) == 1, done.stderr
+    return lines[0]
 
 
 def alone(*arguments: object) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -511,6 +512,18 @@ def test_without_a_total_no_time_is_left(capsys, clock):
         clock[0] = 20.0
         advance(1000)
     assert capsys.readouterr().err == "read: 1,500 rows, 50 rows/s\n"
+
+
+def test_a_line_is_one_write(monkeypatch, clock):
+    """Processes share stderr: what Python writes in two parts, where it does not buffer, has another's line between."""
+    written = []
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=written.append, isatty=lambda: False))
+    with _progress.progress("read", 1000) as advance:
+        clock[0] = 20.0
+        advance(1000)
+    assert main(["stats", "nowhere", "-o", "moments.safetensors"]) == 1
+    assert [text[:7] for text in written] == ["read: 1", "realign"]
+    assert all(text.index("\n") == len(text) - 1 for text in written)
 
 
 def test_a_bar_begins_where_the_last_run_ended(monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .._progress import progress
+from .._progress import progress, say
 from ..alignment import Alignment, apply_files, fit
 from ..geometry.metrics import centroid_gap, cosine_to_pair, knn_mixing, recall_at
 from ..io.writer import verify
@@ -61,13 +60,11 @@ def run(
         (folder / name).mkdir(parents=True, exist_ok=True)
         for former in (folder / name).glob("shard_*.npy"):
             former.unlink()
-    _say(f"1. Train a small dual encoder on pictures and captions of coloured shapes ({steps} steps)")
+    say(f"1. Train a small dual encoder on pictures and captions of coloured shapes ({steps} steps)")
     with progress("train", steps, enabled=True, unit="steps") as advance:
         encoder = encoders.train(steps=steps, seed=seed, progress=advance)
 
-    _say(
-        f"2. Embed {num_rows:,} captions, {num_rows:,} pictures of other scenes and {_HELD_OUT_PAIRS:,} held-out pairs"
-    )
+    say(f"2. Embed {num_rows:,} captions, {num_rows:,} pictures of other scenes and {_HELD_OUT_PAIRS:,} held-out pairs")
     texts = captions(sample_scenes(num_rows, seed + 1), seed + 1)
     _write_shards(folder / "text", encoders.embed_texts(encoder, texts))
     _write_shards(folder / "image", encoders.embed_images(encoder, render(sample_scenes(num_rows, seed + 2), seed + 2)))
@@ -78,26 +75,26 @@ def run(
     np.save(folder / "held_out_image.npy", image)
 
     path = folder / "alignment.safetensors"
-    _say(f"3. realign fit {folder / 'text'} {folder / 'image'} -o {path}")
+    say(f"3. realign fit {folder / 'text'} {folder / 'image'} -o {path}")
     fit(folder / "text", folder / "image").save(path)
-    _say(f"4. realign apply {path} {folder / 'text'} -o {folder / 'aligned'}")
+    say(f"4. realign apply {path} {folder / 'text'} -o {folder / 'aligned'}")
     alignment = Alignment.load(path)
     applied = apply_files(alignment, folder / "text", folder / "aligned", overwrite=overwrite)
-    _say(f"5. realign verify {folder / 'aligned'}")
+    say(f"5. realign verify {folder / 'aligned'}")
     verified = verify(folder / "aligned")
     if not verified["ok"]:
         raise OSError(f"{folder / 'aligned'}: {verified['problems'][0]}")
     drift = alignment.check(text)
-    _say(
+    say(
         f"6. alignment.check(new captions): their mean lies {drift.distance:.4f} from that of the fit, "
         f"sampling noise is {drift.noise_floor:.4f}: {'they have drifted' if drift.drifted else 'no drift'}"
     )
 
     before, after = _measure(text, image), _measure(alignment.transform(text), image)
-    _say(f"\n{_HELD_OUT_PAIRS:,} held-out pairs            before    after")
+    say(f"\n{_HELD_OUT_PAIRS:,} held-out pairs            before    after")
     for name, label in _LABELS.items():
-        _say(f"{label:30} {before[name]:8.4f} {after[name]:8.4f}")
-    _say("Retrieval falls by design: a constant is added to every query. Aligned text is to stand in for images.")
+        say(f"{label:30} {before[name]:8.4f} {after[name]:8.4f}")
+    say("Retrieval falls by design: a constant is added to every query. Aligned text is to stand in for images.")
     return {
         "rows": applied["rows"],
         "dim": alignment.dim,
@@ -130,7 +127,3 @@ def _measure(text: NDArray[np.float32], image: NDArray[np.float32]) -> dict[str,
 def _write_shards(folder: Path, rows: NDArray[np.float32]) -> None:
     for index, start in enumerate(range(0, len(rows), _SHARD_ROWS)):
         np.save(folder / f"shard_{index}.npy", rows[start : start + _SHARD_ROWS])
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from .. import _files
 from .._extras import import_extra
+from .._progress import say
 from .._reader import Reader
 from .._version import __version__
 from ..alignment import Alignment, check_dims, fit_sources
@@ -283,7 +283,7 @@ class _Job:
         began = time.monotonic()
         yield
         if self._progress:
-            print(f"report: {what}: {time.monotonic() - began:.1f} s", file=sys.stderr)
+            say(f"report: {what}: {time.monotonic() - began:.1f} s")
 
     def _parts(self, seed: int) -> tuple[Fold, Fold, Fold, Fold]:
         """Return text and image to fit on, and text and image to measure on."""
