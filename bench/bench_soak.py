@@ -20,9 +20,7 @@ from realign_fast.backends import count_threads
 
 CHECKED_BY = ("test_moments.py", "test_alignment.py")
 PEER = "a sum over the same mapped files, on all cores"
-WHY = {
-    PEER: "the peer only adds; a fit multiplies a row three times in one read and four in the next, and makes integers"
-}
+WHY = {PEER: "the peer only adds; a fit multiplies a row three times in each of its two reads, and makes integers"}
 
 
 def sum_over(paths: list[Path]) -> None:
@@ -73,7 +71,8 @@ def test_reads_from_memory(measure, pick, which):
     at_once = 16_384  # so many that the start of a call is nothing
     count = at_once * pick(1, 125, 250)
     rows = np.resize(np.random.default_rng(0).standard_normal((1024, DIM), np.float32).astype(np.float16), (count, DIM))
-    alignment, moments, sums = fit(rows[:5000], -rows[:5000]), Moments(DIM), np.zeros(DIM, np.int64)
+    alignment, moments = fit(rows[:5000], -rows[:5000]), Moments(DIM)
+    sums = np.zeros(DIM + _C.NUM_FACTORS, np.int64)
     # A fit's second read is of the map without the correction, which it finds.
     row_map = _C.RowMap(float(alignment.scale), alignment.shift, np.zeros_like(alignment.correction))
     read = {

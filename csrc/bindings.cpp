@@ -141,7 +141,7 @@ py::tuple py_transformed_moments(const py::array& array, bool bfloat16, const Ro
                                  int num_threads) {
   const Rows rows = rows_of(array, bfloat16, "rows");
   check_dim(map, array);
-  int64_t* sum = vector_of<int64_t>(sums, rows.range.dim, "sums", true);
+  int64_t* sum = vector_of<int64_t>(sums, rows.range.dim + kNumFactors, "sums", true);
   BadRows bad;
   {
     const int threads = threads_of(num_threads);
@@ -149,6 +149,11 @@ py::tuple py_transformed_moments(const py::array& array, bool bfloat16, const Ro
     bad = transformed_moments(rows, map, sum, threads);
   }
   return tuple_of(bad);
+}
+
+void py_add_up(const RowMap& map, const py::array& mapped, const py::array& sums) {
+  map.add_up(vector_of<int64_t>(mapped, map.dim() + kNumFactors, "mapped", false),
+             vector_of<int64_t>(sums, map.dim(), "sums", true));
 }
 
 // The bytes from the first to past the last that rows lie in.
@@ -270,7 +275,7 @@ py::tuple py_affine_moments(const py::array& array, bool bfloat16, const AffineM
   const Rows rows = rows_of(array, bfloat16, "rows");
   check_dim(affine, array);
   check_dims(affine, map);
-  int64_t* sum = vector_of<int64_t>(sums, affine.out_dim(), "sums", true);
+  int64_t* sum = vector_of<int64_t>(sums, affine.out_dim() + kNumFactors, "sums", true);
   BadRows bad;
   {
     const int threads = threads_of(num_threads);
@@ -473,9 +478,11 @@ PYBIND11_MODULE(_C, m) {
   using namespace realign;
 
   m.attr("FIXED_POINT_BITS") = kFixedPointBits;
+  m.attr("NUM_FACTORS") = kNumFactors;
   py::class_<RowMap>(m, "RowMap", py::module_local())
       .def(py::init(&make_map), py::arg("scale"), py::arg("shift").noconvert(), py::arg("correction").noconvert())
-      .def_property_readonly("dim", &RowMap::dim);
+      .def_property_readonly("dim", &RowMap::dim)
+      .def("add_up", &py_add_up, py::arg("mapped"), py::arg("sums"));
   m.def("instruction_sets", [] {
     std::vector<std::string> names;
     for (const KernelTable* table : available_tables()) names.emplace_back(table->name);

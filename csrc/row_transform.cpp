@@ -1,7 +1,17 @@
 #include "row_transform.h"
 
+#include <cmath>
+
 namespace realign {
 namespace {
+
+constexpr double kUnits = double(int64_t(1) << kFixedPointBits);
+
+// More of it would leave too few bits for sums of mapped rows: what is longer goes the long way.
+constexpr double kMostRoom = 1 << 16;
+
+// The least that is not below x, of 1, 2, 4 and so on.
+double power_of_two(double x) { return std::exp2(std::ceil(std::log2(std::clamp(x, 1.0, 0x1p500)))); }
 
 // What is larger than this is not found in a cache by whoever reads it next: written past the caches it spares the
 // memory a read of each line.
@@ -29,11 +39,39 @@ RowMap::RowMap(double scale, const double* shift, const double* correction, int6
     correction_correction_ += correction[j] * correction[j];
     shift_correction_ += shift[j] * correction[j];
   }
+  // Of a mapped row, which has length 1, the row's part may be longer: by so much at most where the fused form serves.
+  // Sums of eight have room for twice the length of 1.
+  const double distance = std::fabs(std::fabs(scale) - std::sqrt(shift_shift_));
+  const double longest = std::fabs(scale) * std::min(2.0, 1 / distance);
+  room_ = power_of_two(std::min(longest / 2, kMostRoom));
 }
 
+// A factor times its vector is hardly longer than the row's part: an eighth of the units keeps the digits, since one
+// element of a vector is shorter than the vector, and sums of as many rows.
 Map RowMap::view() const {
-  return {scale_,       shift64_.data(),        correction64_.data(), shift_.data(), correction_.data(),
-          shift_shift_, correction_correction_, shift_correction_};
+  const double units = kUnits / room_;
+  return {scale_,
+          shift64_.data(),
+          correction64_.data(),
+          shift_.data(),
+          correction_.data(),
+          shift_shift_,
+          correction_correction_,
+          shift_correction_,
+          units,
+          units / 8 * power_of_two(std::sqrt(shift_shift_)),
+          units / 8 * power_of_two(std::sqrt(correction_correction_)),
+          1.99 * room_ / std::fabs(scale_)};
+}
+
+void RowMap::add_up(const int64_t* mapped, int64_t* sums) const {
+  const Map map = view();
+  const double of_shift = double(mapped[dim_]) / map.shift_units;
+  const double of_correction = double(mapped[dim_ + 1]) / map.correction_units;
+  for (int64_t j = 0; j < dim_; ++j) {
+    const double vectors = of_shift * map.shift64[j] + of_correction * map.correction64[j];
+    sums[j] += int64_t(std::rint(double(mapped[j]) * room_ + vectors * kUnits));
+  }
 }
 
 BadRows row_transform(const Rows& rows, const std::vector<const RowMap*>& maps, const int64_t* domain, char* out,

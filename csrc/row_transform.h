@@ -10,6 +10,8 @@ class RowMap {
  public:
   RowMap(double scale, const double* shift, const double* correction, int64_t dim);
   int64_t dim() const { return dim_; }
+  // Adds to `sums` (dim) what transformed_moments found altogether, `mapped` (dim + kNumFactors).
+  void add_up(const int64_t* mapped, int64_t* sums) const;
   Map view() const;
 
  private:
@@ -18,6 +20,7 @@ class RowMap {
   AlignedVector<double> shift64_, correction64_;
   AlignedVector<float> shift_, correction_;
   double shift_shift_ = 0, correction_correction_ = 0, shift_correction_ = 0;
+  double room_;
 };
 
 // `out` may be the rows themselves, or must not overlap them. Bad rows become zeros. `domain` holds the number of each

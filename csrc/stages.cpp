@@ -132,7 +132,7 @@ BadRows staged_transform(const Rows& rows, const Stages& stages, char* out, int6
 BadRows affine_moments(const Rows& rows, const AffineMap& affine, const RowMap& map, int64_t* sums, int num_threads) {
   const TransformedMomentsKernel kernel = current_table().transformed_moments[kFloat32];
   const Map view = map.view();
-  const int64_t out_dim = affine.out_dim(), stride = (out_dim + 7) / 8 * 8;
+  const int64_t num_sums = affine.out_dim() + kNumFactors, stride = (num_sums + 7) / 8 * 8;
   AlignedVector<int64_t> partial(stride * num_threads);
   const BadRows bad = for_each_block(rows, &affine, nullptr, num_threads,
                                      [&](int part, const RowRange& block, int64_t, Workspace*, double* scratch) {
@@ -140,7 +140,7 @@ BadRows affine_moments(const Rows& rows, const AffineMap& affine, const RowMap& 
                                        kernel(block, view, partial.data() + stride * part, scratch, &seen);
                                      });
   for (int part = 0; part < num_threads; ++part)
-    for (int64_t j = 0; j < out_dim; ++j) sums[j] += partial.data()[stride * part + j];
+    for (int64_t j = 0; j < num_sums; ++j) sums[j] += partial.data()[stride * part + j];
   return bad;
 }
 

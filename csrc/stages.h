@@ -37,7 +37,7 @@ struct Stages {
 BadRows staged_transform(const Rows& rows, const Stages& stages, char* out, int64_t out_stride, Dtype out_dtype,
                          int num_threads);
 
-// Adds what `affine`, then `map` make of each good row to `sums`.
+// Adds what `affine`, then `map` make of each good row to `sums`, as transformed_moments.
 BadRows affine_moments(const Rows& rows, const AffineMap& affine, const RowMap& map, int64_t* sums, int num_threads);
 
 }  // namespace realign

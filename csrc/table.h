@@ -32,6 +32,9 @@ struct Map {
   const double *shift64, *correction64;
   const float *shift, *correction;
   double shift_shift, correction_correction, shift_correction;
+  // Of the sums of mapped rows: units in one, of a row's part and of the factors of shift and correction, and the
+  // largest factor of `shift` where eight rows' parts fit in an int32.
+  double units, shift_units, correction_units, largest_factor;
 };
 
 // Maps, and the number of each row's among them; a null `domain` gives all rows the first.
@@ -64,6 +67,8 @@ struct Panels {
 // `scratch` holds dim doubles. `keys` and `projection` (padded) may be null together, `panels` alone.
 using MomentsKernel = void (*)(const RowRange&, int64_t* sums, uint64_t* keys, const float* projection,
                                const Panels* panels, double* scratch, BadRows*);
+// A mapped row is a u + b shift + c correction. Adds the a u to `sums`, the b to sums[dim] and the c to sums[dim + 1]:
+// a row then costs no more than one that is not mapped.
 using TransformedMomentsKernel = void (*)(const RowRange&, const Map&, int64_t* sums, double* scratch, BadRows*);
 using RowTransformKernel = void (*)(const RowRange&, const MapTable&, char* out, int64_t out_stride, bool nontemporal,
                                     double* scratch, BadRows*);
@@ -99,6 +104,9 @@ struct Noise {
 using WriteKernel = void (*)(const float* rows, int64_t row_stride, int64_t num_rows, int64_t dim, const Noise*,
                              char* out, int64_t out_stride, float* scratch);
 using FindBadRowsKernel = void (*)(const RowRange&, double* scratch, BadRows*);
+
+// How many those are.
+constexpr int64_t kNumFactors = 2;
 
 struct KernelTable {
   const char* name;

@@ -22,6 +22,9 @@ Bytes = Buffer | NDArray[Any]
 FIXED_POINT_BITS: int
 """Moments count in units of 2**-FIXED_POINT_BITS (27)."""
 
+NUM_FACTORS: int
+"""Sums of mapped rows have so many more elements than the rows."""
+
 def instruction_sets() -> list[str]:
     """Names that this build has and this processor runs, slowest first: baseline, avx2, avx512, neon."""
 
@@ -44,6 +47,8 @@ class RowMap:
     def __init__(self, scale: float, shift: NDArray[np.float64], correction: NDArray[np.float64]) -> None: ...
     @property
     def dim(self) -> int: ...
+    def add_up(self, mapped: NDArray[np.int64], sums: NDArray[np.int64]) -> None:
+        """Add to `sums` (dim,), in units of 2**-FIXED_POINT_BITS, what `transformed_moments` found altogether."""
 
 def moments(
     rows: Rows,
@@ -82,7 +87,12 @@ def transformed_moments(
     sums: NDArray[np.int64],
     num_threads: int,
 ) -> BadRows:
-    """As `moments`, of the rows that `row_transform` would write; nothing is written."""
+    """As `moments`, of the rows that `row_transform` would write; nothing is written.
+
+    A row there is `a u + b shift + c correction`. Its parts are added to `sums` (dim + NUM_FACTORS,): the `a u`, and
+    behind them `b` and `c`; `RowMap.add_up` adds the vectors to the sums of all. Sums of any order and division of
+    the rows are the same; their units are those of the map.
+    """
 
 def row_transform(
     rows: Rows,

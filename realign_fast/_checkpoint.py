@@ -33,7 +33,7 @@ from ._stop import Stopped, holding
 from .io._manifest import check_same_job
 from .io.sources import Done, Source
 from .methods import Parameters
-from .moments import Moments
+from .moments import MappedMoments, Moments
 
 # Seconds from one write to the next; more where a write takes long, of which none may cost more than 1 / _PATIENCE.
 INTERVAL = 30.0
@@ -384,7 +384,8 @@ def _unpack(fields: Mapping[str, Any], prefix: str, tensors: Tensors) -> Read:
     for name, dtype, ndim in (("sums", np.int64, 1), ("products", np.float64, 2), ("pilot", np.float64, 1)):
         if name in own and not (own[name].dtype == dtype and own[name].ndim == ndim):
             raise ValueError(f"tensor {prefix}.{name}")
-    moments, counts, sample = Moments.of_state(prefix, own, fields["moments"]), fields["sample"], None
+    kind = MappedMoments if fields["moments"].get("mapped") else Moments
+    moments, counts, sample = kind.of_state(prefix, own, fields["moments"]), fields["sample"], None
     if counts is not None:
         sample = Sample.of_state(own, counts, moments.dim, counts["dtype"], None)
     if type(fields["map"]) is not str:

@@ -149,8 +149,8 @@ class DeviceReader(Reader):
             look()
         return moments, sample
 
-    def transformed_moments(self, source: Source, parameters: Parameters) -> Moments:
-        """Return the moments of what the map makes of all rows."""
+    def mapped(self, source: Source, parameters: Parameters) -> Moments:
+        """Return the moments of what the map makes of all rows: of a GPU they are finished."""
         maps, step = parameters.alone.on(self._device), parameters.affine
 
         def add(accumulator: Accumulator, slot: Slot) -> None:

@@ -23,6 +23,7 @@ Matrix = NDArray[np.float64]
 BadRows = tuple[int, int, int]
 
 FIXED_POINT_BITS = 27
+NUM_FACTORS = 2
 
 _CHUNK_ELEMENTS = 1 << 19
 _READ_BYTES = 16 << 20
@@ -106,6 +107,11 @@ class RowMap:
         _array(correction, np.float64, shift.shape, "correction")
         self._parameters = float(scale), shift.copy(), correction.copy()
         self.dim = len(shift)
+
+    def add_up(self, mapped: NDArray[np.int64], sums: NDArray[np.int64]) -> None:
+        _array(mapped, np.int64, (self.dim + NUM_FACTORS,), "mapped")
+        _array(sums, np.int64, (self.dim,), "sums", True)
+        sums += mapped[: self.dim]  # whole rows are in there
 
     def apply(self, rows: Matrix) -> Matrix:
         """Map `(n, dim)` rows; zeros for bad ones."""
@@ -281,8 +287,8 @@ def transformed_moments(
     _check_threads(num_threads)
     of = _rows(rows, bfloat16)
     _check_dim(of, row_map.dim, "row_map")
-    _array(sums, np.int64, (row_map.dim,), "sums", True)
-    return _add_mapped(of, sums, row_map.apply)
+    _array(sums, np.int64, (row_map.dim + NUM_FACTORS,), "sums", True)
+    return _add_mapped(of, sums[: row_map.dim], row_map.apply)
 
 
 def affine_moments(
@@ -292,8 +298,8 @@ def affine_moments(
     of = _rows(rows, bfloat16)
     _check_dim(of, affine.dim, "affine")
     _check_dims(affine, row_map)
-    _array(sums, np.int64, (affine.out_dim,), "sums", True)
-    return _add_mapped(of, sums, lambda values: row_map.apply(affine.apply(values)))
+    _array(sums, np.int64, (affine.out_dim + NUM_FACTORS,), "sums", True)
+    return _add_mapped(of, sums[: affine.out_dim], lambda values: row_map.apply(affine.apply(values)))
 
 
 def find_bad_rows(rows: NDArray[Any], bfloat16: bool, num_threads: int) -> BadRows:

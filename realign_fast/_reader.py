@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from ._stop import holding
 from .backends import check_has_kernels, choose, find_device
 from .io.sources import Batch, Done, Source
 from .methods import Parameters
-from .moments import Moments, OnBadRows, Precision, check_on_bad_rows
+from .moments import MappedMoments, Moments, OnBadRows, Precision, check_on_bad_rows
 
 
 class Reader:
@@ -102,14 +102,20 @@ class Reader:
 
     def transformed_moments(self, source: Source, parameters: Parameters) -> Moments:
         """Return the moments of what the map makes of all rows; raises as `moments`."""
-        read = self._begin(Read(Moments(source.dim), map=hash_of(parameters)))
+        return finished(self.mapped(source, parameters), parameters)
+
+    def mapped(self, source: Source, parameters: Parameters) -> Moments:
+        """Return what `finished`, added to that of other rows first, makes the moments of all mapped rows."""
+        moments = MappedMoments(source.dim)
+        read = self._begin(Read(moments, map=hash_of(parameters)))
+        moments = cast(MappedMoments, read.moments)
         affine = None if parameters.affine is None else parameters.affine.for_kernels
 
         def add(batch: Batch) -> None:
-            rows, policy, threads = batch.rows, self._on_bad_rows, self._num_threads
-            read.moments.update_transformed(rows, affine, parameters.row_map, policy, threads)
+            moments.update_mapped(batch.rows, affine, parameters.row_map, self._on_bad_rows, self._num_threads)
 
-        return self._read(source, read, add).moments
+        self._read(source, read, add)
+        return moments
 
     def _begin(self, read: Read) -> Read:
         return read if self._checkpoint is None else self._checkpoint.begin(read)
@@ -145,6 +151,11 @@ class Reader:
         return show_progress(
             f"read {source.name}{which}{self._share}", self._num_rows(source), enabled=self._progress, initial=initial
         )
+
+
+def finished(moments: Moments, parameters: Parameters) -> Moments:
+    """Return the moments of all mapped rows, given what `Reader.mapped` found in them."""
+    return moments.finished(parameters.row_map) if isinstance(moments, MappedMoments) else moments
 
 
 class RanksReader(Reader):
@@ -189,7 +200,7 @@ class RanksReader(Reader):
             self._checkpoint.number = wanted.number
         of_map = hash_of(wanted.parameters)
         mine = self._share_of(source, of_map)
-        moments = self._ranks.total(self._reader.transformed_moments(mine, wanted.parameters))
+        moments = finished(self._ranks.total(self._reader.mapped(mine, wanted.parameters)), wanted.parameters)
         self._finish(Read(moments, map=of_map))
         return moments
 

@@ -73,6 +73,7 @@ class Moments:
     precision : str
     """
 
+    _max_count = _MAX_COUNT
     __slots__ = ("_count", "_num_skipped", "_num_zero", "_pending", "_products", "_sums", "dim", "precision")
 
     def __init__(self, dim: int, covariance: bool = False, precision: Precision = "high") -> None:
@@ -231,32 +232,10 @@ class Moments:
             bad = _C.covariance(*arrays, self._count, self.precision == "fast", threads)
         self.add_sums(sums, len(rows.values), bad, on_bad_rows)
 
-    def update_transformed(
-        self,
-        rows: Rows,
-        affine: _C.AffineMap | None,
-        row_map: _C.RowMap,
-        on_bad_rows: OnBadRows,
-        num_threads: int | None = None,
-    ) -> None:
-        """Add what `affine`, if any, and then `row_map` make of each of the `rows`, without writing it anywhere.
-
-        `on_bad_rows` and `num_threads` as in `update`.
-        """
-        check_on_bad_rows(on_bad_rows)
-        self._check_room(len(rows.values))
-        sums = np.zeros_like(self._sums)
-        threads = count_threads(num_threads)
-        if affine is None:
-            bad = _C.transformed_moments(rows.values, rows.bfloat16, row_map, sums, threads)
-        else:
-            bad = _C.affine_moments(rows.values, rows.bfloat16, affine, row_map, sums, threads)
-        self.add_sums(sums, len(rows.values), bad, on_bad_rows)
-
     def _check_room(self, num_rows: int) -> None:
         total = self._count + num_rows + sum(accumulator.num_rows for accumulator in self._pending.values())
-        if total > _MAX_COUNT:
-            raise OverflowError(f"Moments hold at most {_MAX_COUNT} rows, got {total}")
+        if total > self._max_count:
+            raise OverflowError(f"Moments hold at most {self._max_count} rows, got {total}")
 
     def add_sums(
         self, sums: NDArray[np.int64], num_rows: int, bad: tuple[int, int, int], on_bad_rows: OnBadRows
@@ -370,6 +349,10 @@ class Moments:
         all_of_them._check_room(0)
         return all_of_them
 
+    @classmethod
+    def _of_size(cls, num_sums: int, covariance: bool) -> Moments:
+        return cls(num_sums, covariance)
+
     def _new(self) -> Moments:
         return Moments(self.dim, self.has_covariance, self.precision)
 
@@ -478,7 +461,7 @@ class Moments:
         sums = tensors["sums"]
         if sums.size == 0:
             raise ValueError(f"{path}: sums and counts do not fit together")
-        moments = cls(sums.size, "products" in tensors)
+        moments = cls._of_size(sums.size, "products" in tensors)
         moments._count, moments._num_zero, moments._num_skipped = counts.values()
         moments._sums = np.ascontiguousarray(sums)
         if not moments._could_be():
@@ -508,6 +491,66 @@ class Moments:
         trace = float(np.trace(self.covariance))
         if not abs(trace - self.trace) < 1e-3:
             raise ValueError(f"{path}: products and sums do not fit together: traces {trace:.6g} and {self.trace:.6g}")
+
+
+class MappedMoments(Moments):
+    """What adds up, over batches and processes, to the moments of mapped rows: `finished` makes these of it.
+
+    A mapped row is `a u + b shift + c correction`, and the vectors are the same for all. So the sums are those of the
+    `a u` and, behind them, of `b` and `c`, which `dim` counts too: the vectors are added when all rows are in.
+    """
+
+    _max_count = _MAX_COUNT // 2  # a part may be twice as long as its row
+    __slots__ = ()
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim + _C.NUM_FACTORS)
+
+    def update_mapped(
+        self,
+        rows: Rows,
+        affine: _C.AffineMap | None,
+        row_map: _C.RowMap,
+        on_bad_rows: OnBadRows,
+        num_threads: int | None = None,
+    ) -> None:
+        """Add what `affine`, if any, and then `row_map` make of each of the `rows`, without writing it anywhere.
+
+        `on_bad_rows` and `num_threads` as in `update`.
+        """
+        check_on_bad_rows(on_bad_rows)
+        self._check_room(len(rows.values))
+        sums = np.zeros_like(self._sums)
+        threads = count_threads(num_threads)
+        if affine is None:
+            bad = _C.transformed_moments(rows.values, rows.bfloat16, row_map, sums, threads)
+        else:
+            bad = _C.affine_moments(rows.values, rows.bfloat16, affine, row_map, sums, threads)
+        self.add_sums(sums, len(rows.values), bad, on_bad_rows)
+
+    def finished(self, row_map: _C.RowMap) -> Moments:
+        """Return the moments of the mapped rows."""
+        moments = Moments(row_map.dim)
+        moments._count, moments._num_zero, moments._num_skipped = self._count, self._num_zero, self._num_skipped
+        row_map.add_up(self._sums, moments._sums)
+        return moments
+
+    def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """As that of `Moments`, marked."""
+        tensors, fields = super().state()
+        return tensors, fields | {"mapped": True}
+
+    @classmethod
+    def _of_size(cls, num_sums: int, covariance: bool) -> MappedMoments:
+        if covariance:
+            raise ValueError("products of mapped rows")
+        return cls(num_sums - _C.NUM_FACTORS)
+
+    def _new(self) -> MappedMoments:
+        return self._of_size(self.dim, False)
+
+    def _could_be(self) -> bool:
+        return self._num_zero <= self._count  # parts of a row may be longer than it
 
 
 def _mean_of_good(sums: NDArray[np.int64], num_rows: int, bad: tuple[int, int, int]) -> NDArray[np.float64]:

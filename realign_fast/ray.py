@@ -257,9 +257,9 @@ class _DatasetReader(Reader):
         found = self._find(source, find)
         return found.moments, cast(Sample, found.sample)
 
-    def transformed_moments(self, source: Source, parameters: Parameters) -> Moments:
-        """Return the moments of what the map makes of all rows."""
-        return self._find(source, lambda reader, block: _Found(reader.transformed_moments(block, parameters))).moments
+    def mapped(self, source: Source, parameters: Parameters) -> Moments:
+        """Return what the tasks have found together."""
+        return self._find(source, lambda reader, block: _Found(reader.mapped(block, parameters))).moments
 
     def _find(self, source: Source, find: Callable[[Reader, Source], _Found]) -> _Found:
         if not isinstance(source, _DatasetSource):

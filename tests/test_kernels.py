@@ -71,8 +71,10 @@ def test_a_map_without_a_correction_gives_the_bits_of_one_with_none_to_speak_of(
         rows, (scale, shift, _) = make(count, dim, dtype), make_map(dim)
         sums = np.zeros((2, dim), np.int64)
         for each, correction in zip(sums, (0.0, 1e-30), strict=True):
+            mapped = np.zeros(dim + _C.NUM_FACTORS, np.int64)
             row_map = _C.RowMap(scale, shift, np.full(dim, correction))
-            _C.transformed_moments(rows.values, rows.bfloat16, row_map, each, 1)
+            _C.transformed_moments(rows.values, rows.bfloat16, row_map, mapped, 1)
+            row_map.add_up(mapped, each)
         np.testing.assert_array_equal(*sums)
 
 

@@ -48,6 +48,12 @@ def map_of(of, dim):
     return of.RowMap(1.2, 0.5 * rng.normal(size=dim) / dim**0.5, 0.1 * rng.normal(size=dim) / dim**0.5)
 
 
+def added_up(of, dim, mapped):
+    sums = np.zeros(dim, np.int64)
+    map_of(of, dim).add_up(mapped, sums)
+    return sums
+
+
 def affine_of(of, dim, out_dim):
     rng = np.random.default_rng(dim)
     matrix = rng.normal(size=(out_dim, dim)) / dim**0.5
@@ -145,8 +151,9 @@ def test_row_transform_and_what_reads_as_it_does(dtype, count, dim):
     np.testing.assert_array_equal(copy, written_bits(rows, map_of(_plain, dim)))
 
     def sums_of(of):
-        sums = np.zeros(dim, np.int64)
-        return sums, of.transformed_moments(rows.values, rows.bfloat16, map_of(of, dim), sums, 2)
+        mapped = np.zeros(dim + of.NUM_FACTORS, np.int64)
+        bad = of.transformed_moments(rows.values, rows.bfloat16, map_of(of, dim), mapped, 2)
+        return added_up(of, dim, mapped), bad
 
     found, wanted = both(sums_of)
     assert found[1] == wanted[1] == bad
@@ -210,8 +217,10 @@ def test_affine_moments(dtype, count, dim):
     rows = make(count, dim, dtype)
 
     def run(of):
-        sums = np.zeros(dim, np.int64)
-        return sums, of.affine_moments(rows.values, rows.bfloat16, affine_of(of, dim, dim), map_of(of, dim), sums, 2)
+        mapped = np.zeros(dim + of.NUM_FACTORS, np.int64)
+        maps = affine_of(of, dim, dim), map_of(of, dim)
+        bad = of.affine_moments(rows.values, rows.bfloat16, *maps, mapped, 2)
+        return added_up(of, dim, mapped), bad
 
     found, wanted = both(run)
     assert found[1] == wanted[1]

@@ -258,8 +258,8 @@ inline void count_bad(RowKind kind, int64_t index, BadRows* bad) {
   if (bad->first < 0) bad->first = index;
 }
 
-inline void add_row(const double* row, int64_t dim, int64_t* sums) {
-  for (int64_t j = 0; j < dim; ++j) sums[j] += int64_t(__builtin_rint(row[j] * kUnits));
+inline void add_row(const double* row, int64_t dim, double units, int64_t* sums) {
+  for (int64_t j = 0; j < dim; ++j) sums[j] += int64_t(__builtin_rint(row[j] * units));
 }
 
 inline int block_size(const RowRange& rows, int64_t first) {
@@ -294,31 +294,8 @@ template <typename T>
 struct Block {
   const T* rows[kRowsPerBlock];
   int64_t index[kRowsPerBlock];
-  float row_factor[kRowsPerBlock], shift_factor[kRowsPerBlock], correction_factor[kRowsPerBlock];
+  float factor[kRowsPerBlock];
   int count = 0;
-};
-
-template <typename T>
-struct PlainRows {
-  static inline F value(const Block<T>& block, int k, F x, int64_t) { return mul(x, set1(block.row_factor[k])); }
-};
-
-template <typename T>
-struct ShiftedRows {
-  const float* shift;
-  inline F value(const Block<T>& block, int k, F x, int64_t j) const {
-    return fma(set1(block.row_factor[k]), x, mul(set1(block.shift_factor[k]), load(shift + j)));
-  }
-};
-
-template <typename T>
-struct MappedRows {
-  const float *shift, *correction;
-  inline F value(const Block<T>& block, int k, F x, int64_t j) const {
-    const F rest =
-        fma(set1(block.shift_factor[k]), load(shift + j), mul(set1(block.correction_factor[k]), load(correction + j)));
-    return fma(set1(block.row_factor[k]), x, rest);
-  }
 };
 
 // What else becomes of the values of a block, in fixed point: nothing.
@@ -338,19 +315,16 @@ struct ToPanels {
   }
 };
 
-template <int kCount, typename T, typename Rows, typename To>
-inline void add_columns(const Block<T>& given_block, const Rows& given_rows, const To& to, int64_t dim, int64_t* sums,
-                        Ahead ahead) {
-  // Its own, so that no store to the sums can be thought to change them.
-  const Block<T> block = given_block;
-  const Rows rows = given_rows;
+template <int kCount, typename T, typename To>
+inline void add_columns(const Block<T>& given_block, const To& to, int64_t dim, int64_t* sums, Ahead ahead) {
+  const Block<T> block = given_block;  // its own, so that no store to the sums can be thought to change it
   const int count = kCount ? kCount : block.count;
   int64_t j = 0;
   for (; j + W <= dim; j += W) {
     const auto fixed_of = [&](int k) {
       F x = load(block.rows[k] + j);
       ahead.template vector<kCount, W * sizeof(T)>(k, x);
-      const F value = rows.value(block, k, x, j);
+      const F value = mul(x, set1(block.factor[k]));
       to.put(value, block.index[k], j);
       return to_int32(value);
     };
@@ -363,7 +337,7 @@ inline void add_columns(const Block<T>& given_block, const Rows& given_rows, con
   if (j < dim) {
     int64_t last[W] = {};
     for (int k = 0; k < count; ++k) {
-      const F value = rows.value(block, k, load_first(block.rows[k] + j, dim - j), j);
+      const F value = mul(load_first(block.rows[k] + j, dim - j), set1(block.factor[k]));
       to.put(value, block.index[k], j);
       add_to_int64(last, to_int32(value));
     }
@@ -371,13 +345,13 @@ inline void add_columns(const Block<T>& given_block, const Rows& given_rows, con
   }
 }
 
-template <typename T, typename Rows, typename To>
-inline void add_block(const Block<T>& block, const Rows& rows, const To& to, int64_t dim, int64_t* sums, Ahead ahead) {
+template <typename T, typename To>
+inline void add_block(const Block<T>& block, const To& to, int64_t dim, int64_t* sums, Ahead ahead) {
   // A full block has a constant trip count, so that the loop over its rows unrolls.
   if (block.count == kRowsPerBlock)
-    add_columns<kRowsPerBlock>(block, rows, to, dim, sums, ahead);
+    add_columns<kRowsPerBlock>(block, to, dim, sums, ahead);
   else if (block.count > 0)
-    add_columns<0>(block, rows, to, dim, sums, ahead);
+    add_columns<0>(block, to, dim, sums, ahead);
 }
 
 inline double key_projection(const double* row, const float* projection, int64_t dim) {
@@ -425,17 +399,17 @@ inline void moments_to(const To& to, const RowRange& rows, int64_t* sums, uint64
       if (fits_float32(square)) {
         block.rows[block.count] = x;
         block.index[block.count] = i;
-        block.row_factor[block.count++] = float(kUnits * inverse[k]);
+        block.factor[block.count++] = float(kUnits * inverse[k]);
         if (keys) keys[i] = key_of(square, found[1][k]);
         continue;
       }
       const RowKind kind = unit_row(x, rows.dim, scratch);
       count_bad(kind, i, bad);
-      if (kind == kGood) add_row(scratch, rows.dim, sums);
+      if (kind == kGood) add_row(scratch, rows.dim, kUnits, sums);
       if (keys) keys[i] = kind == kGood ? key_of(0, key_projection(scratch, projection, rows.dim)) : 0;
       put_long(to, scratch, kind, i, rows.dim);
     }
-    add_block(block, PlainRows<T>(), to, rows.dim, sums, ahead);
+    add_block(block, to, rows.dim, sums, ahead);
   }
 }
 
@@ -445,7 +419,7 @@ inline void moments_long_to(const To& to, const RowRange& rows, int64_t* sums, u
   for (int64_t i = 0; i < rows.num_rows; ++i) {
     const RowKind kind = unit_row(row_at<double>(rows, i), rows.dim, scratch);
     count_bad(kind, i, bad);
-    if (kind == kGood) add_row(scratch, rows.dim, sums);
+    if (kind == kGood) add_row(scratch, rows.dim, kUnits, sums);
     if (keys) keys[i] = kind == kGood ? key_of(0, key_projection(scratch, projection, rows.dim)) : 0;
     put_long(to, scratch, kind, i, rows.dim);
   }
@@ -500,7 +474,7 @@ inline Factors factors_of(const RowRange& rows, int64_t first, int count, const 
       ++k;
     }
   }
-  double products[3][kRowsPerBlock] = {};
+  double products[K + 1][kRowsPerBlock];
   sum_lanes<K>(lanes, count, products);
   Factors factors;
   double inverse[kRowsPerBlock], inverse1[kRowsPerBlock], inverse2[kRowsPerBlock];
@@ -527,9 +501,11 @@ inline Factors factors_of(const RowRange& rows, int64_t first, int count, const 
   return factors;
 }
 
-template <int K, typename T, typename Values>
-inline void transformed_moments_of(const Values& values, const RowRange& rows, const Map& map, int64_t* sums,
-                                   double* scratch, BadRows* bad) {
+// Of rows that take the fused form their part alone goes to the sums, and how often the vectors of the map come on top
+// behind them; of rows that go the long way the whole mapped row.
+template <int K, typename T>
+inline void transformed_moments_of(const RowRange& rows, const Map& map, int64_t* sums, double* scratch, BadRows* bad) {
+  int64_t of_shift = 0, of_correction = 0;
   for (int64_t first = 0; first < rows.num_rows; first += kRowsPerBlock) {
     const int count = block_size(rows, first);
     Ahead ahead = ahead_of(rows, first);
@@ -537,29 +513,31 @@ inline void transformed_moments_of(const Values& values, const RowRange& rows, c
     Block<T> block;
     for (int k = 0; k < count; ++k) {
       const int64_t i = first + k;
-      if (factors.fused[k]) {
+      if (factors.fused[k] && factors.shift[k] <= map.largest_factor) {
         block.rows[block.count] = row_at<T>(rows, i);
-        block.row_factor[block.count] = float(factors.row[k] * kUnits);
-        block.shift_factor[block.count] = float(factors.shift[k] * kUnits);
-        block.correction_factor[block.count++] = float(factors.correction[k] * kUnits);
+        block.factor[block.count++] = float(factors.row[k] * map.units);
+        of_shift += int64_t(__builtin_rint(factors.shift[k] * map.shift_units));
+        if (K == 2) of_correction += int64_t(__builtin_rint(factors.correction[k] * map.correction_units));
         continue;
       }
       const RowKind kind = unit_row(row_at<T>(rows, i), rows.dim, scratch);
       count_bad(kind, i, bad);
       if (kind != kGood) continue;
       map_unit_row(map, rows.dim, scratch);
-      add_row(scratch, rows.dim, sums);
+      add_row(scratch, rows.dim, map.units, sums);
     }
-    add_block(block, values, Nowhere(), rows.dim, sums, ahead);
+    add_block(block, Nowhere(), rows.dim, sums, ahead);
   }
+  sums[rows.dim] += of_shift;
+  sums[rows.dim + 1] += of_correction;
 }
 
 template <typename T>
 void transformed_moments(const RowRange& rows, const Map& map, int64_t* sums, double* scratch, BadRows* bad) {
   if (map.correction_correction == 0)
-    transformed_moments_of<1, T>(ShiftedRows<T>{map.shift}, rows, map, sums, scratch, bad);
+    transformed_moments_of<1, T>(rows, map, sums, scratch, bad);
   else
-    transformed_moments_of<2, T>(MappedRows<T>{map.shift, map.correction}, rows, map, sums, scratch, bad);
+    transformed_moments_of<2, T>(rows, map, sums, scratch, bad);
 }
 
 template <>
@@ -569,7 +547,7 @@ void transformed_moments<double>(const RowRange& rows, const Map& map, int64_t* 
     count_bad(kind, i, bad);
     if (kind != kGood) continue;
     map_unit_row(map, rows.dim, scratch);
-    add_row(scratch, rows.dim, sums);
+    add_row(scratch, rows.dim, map.units, sums);
   }
 }
 

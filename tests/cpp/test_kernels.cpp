@@ -274,10 +274,11 @@ struct Case {
     check_gradients(&rows, view, layout, scratch.get(), at + " gradient", first);
 
     bad = BadRows();
-    std::unique_ptr<int64_t[]> exact(new int64_t[size_t(dim)]());
+    std::unique_ptr<int64_t[]> exact(new int64_t[size_t(dim + kNumFactors)]());
     table.transformed_moments[dtype](rows.range(), view, exact.get(), scratch.get(), &bad);
     check_bad(bad, expected.bad, at + " transformed_moments");
-    const std::vector<int64_t> found(exact.get(), exact.get() + dim);
+    std::vector<int64_t> found(size_t(dim), 0);
+    vectors.add_up(exact.get(), found.data());
     check_sums(found, expected.mapped, at + " transformed_moments");
     if (first) mapped_sums = found;
     CHECK(found == mapped_sums, "%s: the sums of mapped rows depend on the layout", at.c_str());
@@ -542,7 +543,7 @@ void test_threads() {
   std::string out[2];
   for (const int run : {0, 1}) {
     const int num_threads = run ? 4 : 1;
-    sums[run].assign(kDim, 0);
+    sums[run].assign(kDim + kNumFactors, 0);
     keys[run].assign(kCount, 1);
     Block result(kCount, kDim, kFloat32, {0, 0});
     for (const BadRows& bad :
