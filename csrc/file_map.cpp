@@ -8,8 +8,6 @@
 #include <mutex>
 #include <system_error>
 
-#include "parallel.h"
-
 namespace realign {
 namespace {
 
@@ -90,8 +88,7 @@ FileMap::FileMap(int fd, int64_t offset, int64_t size) : size_(size) {
 
 FileMap::~FileMap() {
   slots[slot_].begin.store(0);
-  // Pages take their time, and the thread that has read them has other things to do.
-  run_later([begin = begin_, size = size_t(mapped_)] { munmap(begin, size); });
+  munmap(begin_, size_t(mapped_));
 }
 
 bool FileMap::broken() const { return slots[slot_].broken.load(); }

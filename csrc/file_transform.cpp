@@ -57,8 +57,12 @@ BadRows read_transform(const FileRows& files, const Rows& rows, const RowMap& ma
   const int64_t row_bytes = rows.range.stride;
   const int num_parts = useful_threads(num_threads, rows.range.num_rows, rows.bytes());
   if (!files.fds && rows.bytes() >= kWhereItLiesBytes && files.offset % kItemsize[rows.dtype] == 0)
-    if (const auto file = map_if_possible(files.fd, files.offset, rows.bytes()))
-      return transform_where_it_lies(*file, files.fd, files.offset, rows, table, kernel, num_parts, first_short);
+    if (std::shared_ptr<FileMap> file = map_if_possible(files.fd, files.offset, rows.bytes())) {
+      const BadRows bad =
+          transform_where_it_lies(*file, files.fd, files.offset, rows, table, kernel, num_parts, first_short);
+      run_later([file = std::move(file)] {});  // pages take their time, and who asked has other things to do
+      return bad;
+    }
   const int64_t piece = std::max<int64_t>(1, kPieceBytes / row_bytes);
   std::atomic<int64_t> first{rows.range.num_rows};
   const auto read = [&](char* data, int64_t begin, int64_t end) {

@@ -285,7 +285,7 @@ inline uint64_t bits_of(double x) {
 }
 
 inline uint64_t key_of(double square, double projected) {
-  const uint64_t key = mix(bits_of(projected) + 0x9e3779b97f4a7c15u * mix(bits_of(square)));
+  const uint64_t key = mix(bits_of(projected) + 0x9e3779b97f4a7c15u * bits_of(square));
   return key ? key : 1;
 }
 
