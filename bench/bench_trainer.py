@@ -84,6 +84,7 @@ def test_training_steps(measure, pick, folder, noise_std):
     token = add_image_token(tokenizer)
     model = ReVisionForCausalLM.from_language_model(GPT2LMHeadModel(config), embedding_dim=DIM, image_token_id=token)
     model.freeze_language_model()
+    frozen = {name: weight.clone() for name, weight in model.language_model.state_dict().items()}
     write_inputs(folder, count)
     alignment = fit(folder / "text.npy", rows_of(5000, DIM, "float32") + 0.01)
     embeddings = EmbeddingDataset(folder / "text.npy", index=folder / "ids.index")
@@ -107,6 +108,12 @@ def test_training_steps(measure, pick, folder, noise_std):
     )
     if not noise_std:
         measure.figure("records read and joined by id", joined, "/s", "", None)
+        changed, whole = 0, 0
+        for name, weight in model.language_model.state_dict().items():
+            changed += int((weight != frozen[name]).sum())
+            whole += weight.numel()
+        what = "weights of the frozen language model that these steps have changed"
+        measure.figure(what, changed, "", f"{whole:,} weights", changed / whole, goal=0.0, at_most=True)
 
 
 def test_projector(measure, pick):
@@ -114,6 +121,7 @@ def test_projector(measure, pick):
     once, each = (
         Projector(ReVisionConfig(GPT2Config(), DIM, 0, num_visual_tokens=count), HIDDEN) for count in (576, 1)
     )
+    each.load_state_dict(once.state_dict())
     rows = torch.randn(BATCH, DIM)
     copies = rows.repeat_interleave(576, 0)
     multiplied = []
@@ -123,6 +131,7 @@ def test_projector(measure, pick):
         once(rows)
         hook.remove()
         measure(what, lambda: once(rows), {peer: lambda: each(copies)}, unit="ms", rounds=pick(2, 9, 31))
+        error = float((once(rows).flatten() - each(copies).flatten()).abs().max())
     measure.figure(
         f"{what}: rows it multiplies",
         multiplied[0],
@@ -132,3 +141,4 @@ def test_projector(measure, pick):
         goal=1 / 576,
         at_most=True,
     )
+    measure.figure(f"{what}: largest difference", error, "", "1e-6", error / 1e-6, goal=1.0, at_most=True)

@@ -160,7 +160,8 @@ def seeds(num_quick: int, num_all: int) -> list:
 
 
 @pytest.mark.parametrize("seed", seeds(3, 30))
-def test_a_killed_apply_goes_on_to_the_same_bytes(data, tmp_path, marks_of_apply, seed):
+def test_a_killed_apply_goes_on_to_the_same_bytes(data, tmp_path, marks_of_apply, seed, record_property):
+    record_property("kills of apply", 1)
     rng = random.Random(seed)
     arguments = ("apply", data / "a.safetensors", data / "text", "-o", tmp_path / "out")
     job = Job(tmp_path, *arguments)
@@ -177,7 +178,10 @@ def test_a_killed_apply_goes_on_to_the_same_bytes(data, tmp_path, marks_of_apply
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
-def test_an_apply_of_two_ranks_killed_again_and_again_goes_on_to_the_same_bytes(data, tmp_path, marks_of_apply, seed):
+def test_an_apply_of_two_ranks_killed_again_and_again_goes_on_to_the_same_bytes(
+    data, tmp_path, marks_of_apply, seed, record_property
+):
+    record_property("kills of apply", 5)
     rng = random.Random(seed)
     arguments = ("apply", data / "a.safetensors", data / "text", "-o", tmp_path / "out")
     left, resume = marks_of_apply, ()
@@ -204,8 +208,8 @@ def test_an_apply_of_two_ranks_killed_again_and_again_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("seed", seeds(3, 16))
-def test_a_killed_fit_goes_on_to_the_same_bytes(data, tmp_path, marks_of_fit, seed):
-    """Resumed by itself, killed once more, and then by this process."""
+def test_a_killed_fit_goes_on_to_the_same_bytes(data, tmp_path, marks_of_fit, seed, record_property):
+    record_property("kills of fit", 1)
     rng = random.Random(seed)
     arguments = ("fit", data / "text", data / "image", "--refine", 1, "-o", tmp_path / "a.safetensors")
     job = Job(tmp_path, *arguments)
@@ -224,8 +228,11 @@ def test_a_killed_fit_goes_on_to_the_same_bytes(data, tmp_path, marks_of_fit, se
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
-def test_a_fit_of_ranks_killed_again_and_again_goes_on_to_the_same_bytes(data, tmp_path, marks_of_fit, seed):
+def test_a_fit_of_ranks_killed_again_and_again_goes_on_to_the_same_bytes(
+    data, tmp_path, marks_of_fit, seed, record_property
+):
     """Each time by another number of processes: 2, 1, 3, 2."""
+    record_property("kills of fit", 4)
     rng = random.Random(seed)
     arguments = ("fit", data / "text", data / "image", "--refine", 1, "-o", tmp_path / "a.safetensors", "--resume")
     done = 0
