@@ -1,7 +1,7 @@
 """Sums of products of unit rows about a pilot: what a covariance is made of.
 
-The pilot, the mean of some of the first rows, keeps digits: sums about zero would be hardly larger than the squared
-mean that is subtracted from them. Merged by the formula of Chan, Golub and LeVeque (Updating formulae and a pairwise
+The pilot, a point near the mean, keeps digits: sums about zero would be hardly larger than the squared mean that is
+subtracted from them. Merged by the formula of Chan, Golub and LeVeque (Updating formulae and a pairwise
 algorithm for computing sample variances, 1979).
 """
 
@@ -43,10 +43,18 @@ class Products:
         self.pilot = mean.astype(np.float32).astype(np.float64)
         self.chosen = True
 
+    def move_pilot(self, mean: NDArray[np.float64], count: int, total: NDArray[np.float64]) -> None:
+        """Take another mean, with `count` rows in the sums, whose own sum is `total` `(dim,)`."""
+        before = self.copy()
+        self.choose_pilot(mean)
+        if count:
+            self.sums = before.about(self.pilot, count, total)
+
     def add_zeros(self, count: int) -> None:
         """Add so many zero vectors."""
         if count:
             self.sums += count * np.outer(self.pilot, self.pilot)
+            self.chosen = True
 
     def about(self, pilot: NDArray[np.float64], count: int, total: NDArray[np.float64]) -> Matrix:
         """Return the sums about another pilot, given the number of rows and their sum `(dim,)`."""
@@ -77,10 +85,6 @@ class Products:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Products):
             return NotImplemented
-        return (
-            self.chosen == other.chosen
-            and np.array_equal(self.pilot, other.pilot)
-            and np.array_equal(np.tril(self.sums), np.tril(other.sums))
-        )
+        return np.array_equal(self.pilot, other.pilot) and np.array_equal(np.tril(self.sums), np.tril(other.sums))
 
     __hash__ = None  # type: ignore[assignment]  # a mutable value

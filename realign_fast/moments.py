@@ -28,12 +28,16 @@ Precision = Literal["exact", "high", "fast"]
 
 # One sum of 2**36 elements of magnitude 1 in units of 2**-27 is the largest that int64 holds.
 _MAX_COUNT = 1 << (63 - _C.FIXED_POINT_BITS)
+# Sums, how many rows are in them, and the bad ones among these.
+_Found = tuple[NDArray[np.int64], int, tuple[int, int, int]]
 _SHAPES = {"sums": (np.dtype(np.int64), 1)}
 _MORE_SHAPES = {"products": (np.dtype(np.float64), 2), "pilot": (np.dtype(np.float64), 1)}
 # A unit row, rounded, may be longer than 1 by a little.
 _MAX_NORM = 1.001
-# Whose mean is near enough to that of all rows to keep the digits of their products.
+# Whose mean is near enough to that of all rows to keep the digits of their products; and how far another may lie, in
+# parts of the trace: the mean of 64 rows lies about so far.
 _PILOT_ROWS = 4096
+_FARTHEST_PILOT = 1 / 64
 # Rows that a cache keeps are looked at before they are added, of more the products are kept until they are known to be
 # good: either costs little.
 _LOOK_FIRST_BYTES = 16 << 20
@@ -184,10 +188,13 @@ class Moments:
         products = self._products
         if products is None:
             return Accumulator(self.dim, rows.device)
-        if not products.chosen:
+
+        def look_at(num_rows: int) -> _Found:
             first = Accumulator(self.dim, rows.device)
-            first.add(rows[:_PILOT_ROWS])
-            products.choose_pilot(_mean_of_good(*first.read()))
+            first.add(rows[:num_rows])
+            return first.read()
+
+        self._look_at_pilot(products, look_at)
         return Accumulator(self.dim, rows.device, products.pilot, self.precision)
 
     def add_accumulator(self, accumulator: Accumulator, on_bad_rows: OnBadRows) -> None:
@@ -196,6 +203,7 @@ class Moments:
         products = accumulator.read_products()
         if products is not None and self._products is not None:
             self._products.sums += products
+            self._products.chosen = True
 
     def _settled(self) -> Moments:
         while self._pending:
@@ -222,15 +230,36 @@ class Moments:
         if products is None:
             bad = _C.moments(rows.values, rows.bfloat16, sums, keys, threads)
         else:
-            if not products.chosen:
-                first, of_first = rows.values[:_PILOT_ROWS], np.zeros_like(sums)
-                bad = _C.moments(first, rows.bfloat16, of_first, None, threads)
-                products.choose_pilot(_mean_of_good(of_first, len(first), bad))
+
+            def look_at(num_rows: int) -> _Found:
+                first, of_first = rows.values[:num_rows], np.zeros_like(sums)
+                return of_first, len(first), _C.moments(first, rows.bfloat16, of_first, None, threads)
+
+            self._look_at_pilot(products, look_at)
             if self.precision == "fast" and products.error is None:
                 products.error = _error_of_fast(rows, products.pilot, threads)
             arrays = rows.values, rows.bfloat16, products.pilot, sums, keys, products.sums
             bad = _C.covariance(*arrays, self._count, self.precision == "fast", threads)
         self.add_sums(sums, len(rows.values), bad, on_bad_rows)
+
+    def _look_at_pilot(self, products: Products, look_at: Callable[[int], _Found]) -> None:
+        """Take another pilot where that of the products lies far from the mean of all rows, or there is none.
+
+        So a first batch that is small, empty or unlike the others costs no digits. `look_at(num_rows)` returns what is
+        found in the first of those that come.
+        """
+        if self._pending:  # products about the same one lie on a GPU
+            return
+        sums, count = self._sums, self._count
+        if count < _PILOT_ROWS:
+            more, num_rows, bad = look_at(_PILOT_ROWS - count)
+            sums, count = sums + more, count + num_rows - bad[0] - bad[1]
+        if count == 0:
+            return
+        mean = _to_float(sums) / count
+        distance, trace = np.square(mean - products.pilot).sum(), 1 - np.square(mean).sum()
+        if not products.chosen or distance > _FARTHEST_PILOT * trace:
+            products.move_pilot(mean, self._count, _to_float(self._sums))
 
     def _check_room(self, num_rows: int) -> None:
         total = self._count + num_rows + sum(accumulator.num_rows for accumulator in self._pending.values())
@@ -553,12 +582,8 @@ class MappedMoments(Moments):
         return self._num_zero <= self._count  # parts of a row may be longer than it
 
 
-def _mean_of_good(sums: NDArray[np.int64], num_rows: int, bad: tuple[int, int, int]) -> NDArray[np.float64]:
-    return _to_float(sums) / max(1, num_rows - bad[0] - bad[1])
-
-
-def _error_of_fast(rows: Rows, pilot: NDArray[np.float64], threads: int) -> float:
-    """Return how far fast products are from exact ones (Frobenius norm, relative), over some of the rows."""
+def _error_of_fast(rows: Rows, pilot: NDArray[np.float64], threads: int) -> float | None:
+    """Return how far fast products are from exact ones (Frobenius norm, relative), over some rows; None of none."""
     if not _C.has_fast_products():
         return 0.0
     some, dim = rows.values[:_PILOT_ROWS], len(pilot)
@@ -567,7 +592,7 @@ def _error_of_fast(rows: Rows, pilot: NDArray[np.float64], threads: int) -> floa
         sums = np.zeros(dim, np.int64)
         _C.covariance(some, rows.bfloat16, pilot, sums, None, products, len(some), is_fast, threads)
     norm = _norm_of_lower(exact)
-    return _norm_of_lower(fast - exact) / norm if norm else 0.0
+    return _norm_of_lower(fast - exact) / norm if norm else None
 
 
 def _norm_of_lower(matrix: NDArray[np.float64]) -> float:

@@ -93,6 +93,37 @@ def test_first_rows_that_are_unlike_the_others():
     assert error(found.covariance, reference.covariance(values.astype(np.float64))[2]) < 1e-7
 
 
+@pytest.mark.parametrize("sizes", [(0,), (0, 0, 1), (1,), (1, 1, 1), (3, 40), (63,)])
+def test_a_first_batch_of_few_rows_or_none_costs_no_digits(sizes):
+    values = make(5000, 512, mean=2)
+    wanted = reference.covariance(values.astype(np.float64))[2]
+    parts = np.split(values, np.cumsum(sizes))
+    updated, merged = rf.Moments(512, covariance=True), rf.Moments(512, covariance=True)
+    for part in parts:
+        updated.update(part)
+    assert error(updated.covariance, wanted) < 1e-7
+    for row in range(sum(sizes)):
+        merged.merge(collected(values[row : row + 1]))
+    assert error(merged.update(parts[-1]).covariance, wanted) < 1e-7
+
+
+def test_bad_rows_alone_are_no_pilot():
+    values = make(5000, 512, mean=2)
+    wanted = reference.covariance(values.astype(np.float64))[2]
+    found = collected(np.full((2, 512), np.nan, np.float32), on_bad_rows="skip")
+    assert error(found.update(values).covariance, wanted) < 1e-7
+    zeros = collected(np.zeros((5, 512), np.float32), on_bad_rows="zero")
+    assert zeros == zeros.copy()
+    assert not zeros.covariance.any()
+    unit = np.concatenate([np.zeros((5, 512)), values / np.linalg.norm(values.astype(np.float64), axis=1)[:, None]])
+    wanted = np.cov(unit.T, ddof=0)
+    assert error(zeros.update(values).covariance, wanted) < 1e-7
+    assert (
+        error((collected(values) + collected(np.zeros((5, 512), np.float32), on_bad_rows="zero")).covariance, wanted)
+        < 1e-7
+    )
+
+
 def test_the_same_bits_for_any_number_of_threads():
     values = make(3000, 130)
     assert collected(values, num_threads=1) == collected(values, num_threads=4)
