@@ -64,7 +64,8 @@ class Moments:
         Dimension of the rows, at least 1.
     covariance
         Collect it too, for the maps that need it: `dim**2` products a row, in the same read. It agrees to 1e-7
-        (relative, Frobenius norm) whatever the order, chunking and merging; after a subtraction, to 1e-7 times the
+        (relative, Frobenius norm; of few rows, or the same ones again and again, 2e-7) whatever the order, chunking and
+        merging; after a subtraction, to 1e-7 times the
         ratio of the rows before and after it (`MomentsWindow` keeps the parts, and so the digits).
     precision
         Of those products: "exact", float32 and added up in float64; "high", on a GPU at least three TF32 products each,
