@@ -65,8 +65,8 @@ class Moments:
     covariance
         Collect it too, for the maps that need it: `dim**2` products a row, in the same read. It agrees to 1e-7
         (relative, Frobenius norm; of few rows, or the same ones again and again, 2e-7) whatever the order, chunking and
-        merging; after a subtraction, to 1e-7 times the
-        ratio of the rows before and after it (`MomentsWindow` keeps the parts, and so the digits).
+        merging; after a subtraction, to 1e-7 times the ratio of the rows before and after it (`MomentsWindow` keeps the
+        parts, and so the digits).
     precision
         Of those products: "exact", float32 and added up in float64; "high", on a GPU at least three TF32 products each,
         else the same as "exact"; "fast", bfloat16 products with float32 sums, on a GPU and on processors with
