@@ -10,8 +10,12 @@ constexpr double kUnits = double(int64_t(1) << kFixedPointBits);
 // More of it would leave too few bits for sums of mapped rows: what is longer goes the long way.
 constexpr double kMostRoom = 1 << 16;
 
-// The least that is not below x, of 1, 2, 4 and so on.
-double power_of_two(double x) { return std::exp2(std::ceil(std::log2(std::clamp(x, 1.0, 0x1p500)))); }
+// The least that is not below x, of 1, 2, 4 and so on: the same on every machine, since sums that are kept count in it.
+double power_of_two(double x) {
+  int exponent;
+  const double mantissa = std::frexp(std::clamp(x, 1.0, 0x1p500), &exponent);
+  return std::ldexp(1.0, mantissa == 0.5 ? exponent - 1 : exponent);
+}
 
 // What is larger than this is not found in a cache by whoever reads it next: written past the caches it spares the
 // memory a read of each line.
@@ -46,8 +50,8 @@ RowMap::RowMap(double scale, const double* shift, const double* correction, int6
   room_ = power_of_two(std::min(longest / 2, kMostRoom));
 }
 
-// A factor times its vector is hardly longer than the row's part: an eighth of the units keeps the digits, since one
-// element of a vector is shorter than the vector, and sums of as many rows.
+// A factor times its vector is hardly longer than the row's part, and an element of a vector is shorter than it: an
+// eighth of the units keeps its digits, and leaves room for as many rows.
 Map RowMap::view() const {
   const double units = kUnits / room_;
   return {scale_,

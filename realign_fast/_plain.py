@@ -6,6 +6,7 @@ checked and not used.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -95,6 +96,12 @@ def _bytes(data: Any, name: str, writeable: bool = False) -> NDArray[np.uint8]:
 # ---- Maps ------------------------------------------------------------------------------------------------------------
 
 
+def _exponent_of(x: float) -> int:
+    """Return the least of 0, 1, 2 and so on whose power of 2 is not below x."""
+    mantissa, exponent = math.frexp(min(max(x, 1.0), 2.0**500))
+    return exponent - (mantissa == 0.5)
+
+
 class RowMap:
     """The map `pi(pi(scale * u + shift) + correction)` of unit rows `u = pi(row)`."""
 
@@ -107,11 +114,20 @@ class RowMap:
         _array(correction, np.float64, shift.shape, "correction")
         self._parameters = float(scale), shift.copy(), correction.copy()
         self.dim = len(shift)
+        # As the kernels count, so that either can go on with the sums of the other.
+        lengths = math.sqrt(shift @ shift), math.sqrt(correction @ correction)
+        distance = abs(abs(scale) - lengths[0])
+        longest = abs(scale) * min(2.0, 1 / distance if distance else 2.0)
+        self.sum_bits = FIXED_POINT_BITS - _exponent_of(min(longest / 2, 2.0**16))
+        self._vector_bits = [self.sum_bits - 3 + _exponent_of(length) for length in lengths]
 
     def add_up(self, mapped: NDArray[np.int64], sums: NDArray[np.int64]) -> None:
         _array(mapped, np.int64, (self.dim + NUM_FACTORS,), "mapped")
         _array(sums, np.int64, (self.dim,), "sums", True)
-        sums += mapped[: self.dim]  # whole rows are in there
+        rows = np.ldexp(mapped[: self.dim].astype(np.float64), -self.sum_bits)
+        factors = [math.ldexp(each, -bits) for each, bits in zip(mapped[self.dim :], self._vector_bits, strict=True)]
+        rows += factors[0] * self._parameters[1] + factors[1] * self._parameters[2]
+        sums += np.rint(np.ldexp(rows, FIXED_POINT_BITS)).astype(np.int64)
 
     def apply(self, rows: Matrix) -> Matrix:
         """Map `(n, dim)` rows; zeros for bad ones."""
@@ -179,17 +195,17 @@ def _write(rows: Rows, out: Rows, make: Callable[[Matrix, slice], Matrix]) -> Ba
     return bad.found
 
 
-def _add_mapped(rows: Rows, sums: NDArray[np.int64], make: Callable[[Matrix], Matrix]) -> BadRows:
-    """Add what `make` makes of the good rows to `sums`."""
+def _add_mapped(rows: Rows, sums: NDArray[np.int64], row_map: RowMap, make: Callable[[Matrix], Matrix]) -> BadRows:
+    """Add what `make`, and then the map, make of the good rows to `sums`."""
     bad = _Bad()
     for part, values in _chunks(rows):
-        _add(make(values[~bad.among(values, part)]), sums)
+        _add(row_map.apply(make(values[~bad.among(values, part)])), sums, row_map.sum_bits)
     return bad.found
 
 
-def _add(rows: Matrix, sums: NDArray[np.int64]) -> None:
+def _add(rows: Matrix, sums: NDArray[np.int64], bits: int = FIXED_POINT_BITS) -> None:
     """Add rows, rounded to fixed point, to `sums`."""
-    sums += np.rint(np.ldexp(rows, FIXED_POINT_BITS)).astype(np.int64).sum(axis=0)
+    sums += np.rint(np.ldexp(rows, bits)).astype(np.int64).sum(axis=0)
 
 
 # ---- Moments ---------------------------------------------------------------------------------------------------------
@@ -288,7 +304,7 @@ def transformed_moments(
     of = _rows(rows, bfloat16)
     _check_dim(of, row_map.dim, "row_map")
     _array(sums, np.int64, (row_map.dim + NUM_FACTORS,), "sums", True)
-    return _add_mapped(of, sums[: row_map.dim], row_map.apply)
+    return _add_mapped(of, sums[: row_map.dim], row_map, lambda values: values)
 
 
 def affine_moments(
@@ -299,7 +315,7 @@ def affine_moments(
     _check_dim(of, affine.dim, "affine")
     _check_dims(affine, row_map)
     _array(sums, np.int64, (affine.out_dim + NUM_FACTORS,), "sums", True)
-    return _add_mapped(of, sums[: affine.out_dim], lambda values: row_map.apply(affine.apply(values)))
+    return _add_mapped(of, sums[: affine.out_dim], row_map, affine.apply)
 
 
 def find_bad_rows(rows: NDArray[Any], bfloat16: bool, num_threads: int) -> BadRows:

@@ -160,6 +160,23 @@ def test_row_transform_and_what_reads_as_it_does(dtype, count, dim):
     assert_sums_agree(found[0], wanted[0], count)
 
 
+@pytest.mark.parametrize(("scale", "length"), [(0.3, 0.1), (1.0, 0.7), (1.7, 1.2), (4.0, 3.5), (70.0, 69.9)])
+def test_sums_of_mapped_rows_are_added_up_by_either(scale, length):
+    """As where a job goes on with another build."""
+    rows, dim = make(300, 96, "float32"), 96
+    shift = length * np.sign(np.random.default_rng(1).normal(size=dim)) / dim**0.5
+    found = []
+    for of in (_C, _plain):
+        mapped = np.zeros(dim + of.NUM_FACTORS, np.int64)
+        of.transformed_moments(rows.values, False, of.RowMap(scale, shift, np.zeros(dim)), mapped, 1)
+        for by in (_C, _plain):
+            sums = np.zeros(dim, np.int64)
+            by.RowMap(scale, shift, np.zeros(dim)).add_up(mapped, sums)
+            found.append(sums / 2.0**27 / 300)
+    for each in found[1:]:
+        np.testing.assert_allclose(each, found[0], rtol=0, atol=1e-6)
+
+
 def written_bits(rows, row_map):
     out = np.empty_like(rows.values)
     _plain.row_transform(rows.values, rows.bfloat16, out, rows.bfloat16, row_map, 1)
