@@ -125,7 +125,7 @@ def test_avx512_kernels_without_such_a_processor(tmp_path):
     if not (SIMDE / "x86" / "avx512.h").exists():
         pytest.skip(f"there is no SIMDe at {SIMDE}")
     flags = ["-std=c++17", "-O1", "-g", "-pthread", "-ffp-contract=off", "-fsanitize=address", f"-I{CSRC}"]
-    emulation = [f"-I{TEST_PROGRAM.parent / 'emulated'}", f"-I{SIMDE.parent}"]
+    emulation = ["-DREALIGN_EMULATED", f"-I{TEST_PROGRAM.parent / 'emulated'}", f"-I{SIMDE.parent}"]
     objects = []
     for name in ("avx512", "avx512bf16", "amx"):
         # With these pragmas the compiler itself would use instructions that this processor may lack.

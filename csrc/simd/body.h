@@ -78,7 +78,7 @@ struct Ahead {
     if (kVectors * kBytes < kSpacing &&
         reinterpret_cast<uintptr_t>(line) % kLineBytes >= uintptr_t(kVectors * kBytes / 2))
       return;
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(REALIGN_EMULATED)  // no register holds a vector that is emulated
     asm volatile("prefetcht1 %1" : "+v"(loaded) : "m"(*line));
 #else
     (void)loaded;

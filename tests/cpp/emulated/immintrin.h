@@ -72,6 +72,12 @@ inline __m512 fmadd_ps(__m512 a, __m512 b, __m512 c) {
   return same_bits<__m512>(z);
 }
 
+inline __m512d shuffle_f64x2(__m512d a, __m512d b, int which) {
+  const auto x = same_bits<Lanes<__m128d, 4>>(a), y = same_bits<Lanes<__m128d, 4>>(b);
+  return same_bits<__m512d>(
+      Lanes<__m128d, 4>{{x.at[which & 3], x.at[which >> 2 & 3], y.at[which >> 4 & 3], y.at[which >> 6 & 3]}});
+}
+
 // The tile registers, all of the shape that `load_config` demands.
 struct Tile {
   uint32_t at[16][16];
@@ -127,6 +133,7 @@ inline void stream(void* to, const T& value) {
 #undef _mm512_cvtps_epi32
 #undef _mm512_fmadd_ps
 #undef _mm512_extractf32x8_ps
+#undef _mm512_shuffle_f64x2
 #undef _mm512_stream_ps
 #undef _mm256_stream_si256
 #undef _MM_FROUND_TO_NEAREST_INT
@@ -140,6 +147,7 @@ inline void stream(void* to, const T& value) {
 #define _mm512_cvtps_epi32 emulated::cvtps_epi32
 #define _mm512_fmadd_ps emulated::fmadd_ps
 #define _mm512_extractf32x8_ps(X, WHICH) emulated::half_of<__m256>(X, WHICH)
+#define _mm512_shuffle_f64x2 emulated::shuffle_f64x2
 #define _mm512_stream_ps(TO, VALUE) emulated::stream(TO, VALUE)
 #define _mm256_stream_si256(TO, VALUE) emulated::stream(TO, VALUE)
 #define _MM_FROUND_TO_NEAREST_INT 0
