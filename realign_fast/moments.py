@@ -259,7 +259,7 @@ class Moments:
             return
         mean = _to_float(sums) / count
         distance, trace = np.square(mean - products.pilot).sum(), 1 - np.square(mean).sum()
-        if not products.chosen or distance > _FARTHEST_PILOT * trace:
+        if self._count == 0 or distance > _FARTHEST_PILOT * trace:
             products.move_pilot(mean, self._count, _to_float(self._sums))
 
     def _check_room(self, num_rows: int) -> None:
@@ -493,7 +493,7 @@ class Moments:
             raise ValueError(f"{path}: sums and counts do not fit together")
         moments = cls._of_size(sums.size, "products" in tensors)
         moments._count, moments._num_zero, moments._num_skipped = counts.values()
-        moments._sums = np.ascontiguousarray(sums)
+        moments._sums = sums.copy()  # what is updated is no one else's
         if not moments._could_be():
             raise ValueError(f"{path}: sums and counts do not fit together")
         if moments._products is not None:
@@ -512,12 +512,10 @@ class Moments:
         if fields.get("precision") not in get_args(Precision):
             raise ValueError(f"{path}: precision must be one of {', '.join(get_args(Precision))}")
         self.precision = fields["precision"]
-        if self._count + self._num_skipped == 0:
+        if self._count == 0:
             return
         products.choose_pilot(pilot)
         products.sums = np.ascontiguousarray(sums)
-        if self._count == 0:
-            return
         trace = float(np.trace(self.covariance))
         if not abs(trace - self.trace) < 1e-3:
             raise ValueError(f"{path}: products and sums do not fit together: traces {trace:.6g} and {self.trace:.6g}")

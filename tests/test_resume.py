@@ -333,8 +333,8 @@ def test_sets_in_memory_are_not_kept_and_not_resumed(folder):
     assert rf.Alignment.load(folder / "a.safetensors").fingerprint == alignment.fingerprint
 
 
-def test_the_pilot_of_rows_that_were_all_left_out_is_kept():
-    """It is chosen once, whatever comes: another one would give other bits."""
+def test_rows_that_were_all_left_out_leave_no_pilot():
+    """One that was kept would give other bits."""
     moments = rf.Moments(3, covariance=True).update(np.full((4, 3), np.nan), on_bad_rows="skip")
     again = rf.Moments.of_state("state", *moments.state())
     rows = np.random.default_rng(0).normal(size=(50, 3))
