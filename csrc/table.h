@@ -67,6 +67,9 @@ struct Panels {
 // `scratch` holds dim doubles. `keys` and `projection` (padded) may be null together, `panels` alone.
 using MomentsKernel = void (*)(const RowRange&, int64_t* sums, uint64_t* keys, const float* projection,
                                const Panels* panels, double* scratch, BadRows*);
+// How many numbers a map's vectors have in a row: sums of mapped rows are longer by them.
+constexpr int64_t kNumFactors = 2;
+
 // A mapped row is a u + b shift + c correction. Adds the a u to `sums`, the b to sums[dim] and the c to sums[dim + 1]:
 // a row then costs no more than one that is not mapped.
 using TransformedMomentsKernel = void (*)(const RowRange&, const Map&, int64_t* sums, double* scratch, BadRows*);
@@ -104,9 +107,6 @@ struct Noise {
 using WriteKernel = void (*)(const float* rows, int64_t row_stride, int64_t num_rows, int64_t dim, const Noise*,
                              char* out, int64_t out_stride, float* scratch);
 using FindBadRowsKernel = void (*)(const RowRange&, double* scratch, BadRows*);
-
-// How many those are.
-constexpr int64_t kNumFactors = 2;
 
 struct KernelTable {
   const char* name;

@@ -40,15 +40,14 @@ class Products:
 
     def choose_pilot(self, mean: NDArray[np.float64]) -> None:
         """Take the mean of some rows, before any is added."""
-        self.pilot = mean.astype(np.float32).astype(np.float64)
+        self.pilot = _rounded(mean)
         self.chosen = True
 
     def move_pilot(self, mean: NDArray[np.float64], count: int, total: NDArray[np.float64]) -> None:
         """Take another mean, with `count` rows in the sums, whose own sum is `total` `(dim,)`."""
-        before = self.copy()
-        self.choose_pilot(mean)
         if count:
-            self.sums = before.about(self.pilot, count, total)
+            self.sums = self.about(_rounded(mean), count, total)
+        self.choose_pilot(mean)
 
     def add_zeros(self, count: int) -> None:
         """Add so many zero vectors."""
@@ -88,3 +87,7 @@ class Products:
         return np.array_equal(self.pilot, other.pilot) and np.array_equal(np.tril(self.sums), np.tril(other.sums))
 
     __hash__ = None  # type: ignore[assignment]  # a mutable value
+
+
+def _rounded(mean: NDArray[np.float64]) -> NDArray[np.float64]:
+    return mean.astype(np.float32).astype(np.float64)

@@ -106,8 +106,7 @@ class Reader:
 
     def mapped(self, source: Source, parameters: Parameters) -> Moments:
         """Return what `finished`, added to that of other rows first, makes the moments of all mapped rows."""
-        moments = MappedMoments(source.dim)
-        read = self._begin(Read(moments, map=hash_of(parameters)))
+        read = self._begin(Read(MappedMoments(source.dim), map=hash_of(parameters)))
         moments = cast(MappedMoments, read.moments)
         affine = None if parameters.affine is None else parameters.affine.for_kernels
 
